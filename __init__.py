@@ -1,0 +1,14 @@
+"""FrameThrift: cheaper LTX-2 / LTX-Video sampling, as small nodes that compose."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .nodes import NODES
+
+
+class FrameThrift(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> FrameThrift:
+    return FrameThrift()

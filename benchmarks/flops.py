@@ -1,0 +1,112 @@
+"""Counts what a temporal window saves at LTX-2 size. Needs no GPU and no weights.
+
+    python benchmarks/flops.py
+
+Runs one forward of the real LTXAVModel on the meta device through the node on a real ModelPatcher, under
+PyTorch's FLOP counter, and writes flops.json and flops.md beside this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import comfyui_tree  # noqa: E402  # found through the line above
+
+comfyui_tree.use_comfyui()
+
+import comfy.cli_args  # noqa: E402
+
+# The default backend of a CPU slices its work by free memory, which the meta device does not have.
+comfy.cli_args.args.use_pytorch_cross_attention = True
+
+PACK = comfyui_tree.load_pack().__name__
+
+import torch  # noqa: E402
+from comfyui_version import __version__ as comfyui_version  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+sys.path.insert(0, str(HERE))
+
+import ltx2  # noqa: E402
+
+WINDOWS = [(window, sink) for window in (1, 2, 4) for sink in (0, 1)]
+BLOCKS_COUNTED = 2
+
+
+def count(model: Any, clip: ltx2.Clip) -> tuple[float, float]:
+    """(all, attention) FLOPs of one forward with `BLOCKS_COUNTED` blocks, times 48 blocks over those."""
+    latent = ltx2.noise(clip, "meta").unbind()
+    packed = torch.cat([part.flatten(1) for part in latent], dim=1)[:, None]
+    options = {
+        **model.model_options.get("transformer_options", {}),
+        "wrappers": model.wrappers,
+        "sigmas": torch.ones(1),
+    }
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.model.apply_model(
+            packed,
+            torch.ones(1, device="meta"),
+            c_crossattn=torch.empty(1, ltx2.TEXT_TOKENS, 2 * 3840, device="meta"),
+            transformer_options=options,
+            frame_rate=24.0,
+            latent_shapes=[part.shape for part in latent],
+        )
+    by_op = counter.get_flop_counts()["Global"]
+    # On the meta device attention falls apart into batched products, and nothing else in the model uses those.
+    attention = by_op[torch.ops.aten.bmm]
+    scale = ltx2.BLOCKS / BLOCKS_COUNTED
+    return counter.get_total_flops() * scale, attention * scale
+
+
+def main() -> None:
+    node = importlib.import_module(f"{PACK}.nodes").ApplyTemporalWindow
+    settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": 0}
+    model = ltx2.build_ltx2("meta", blocks=BLOCKS_COUNTED)
+    rows = []
+    for clip in ltx2.CLIPS:
+        total, attention = count(model, clip)
+        row: dict[str, Any] = {"clip": clip.name, "grid": clip.grid, "dense_tflop": total / 1e12}
+        row["attention_share"] = attention / total
+        for window, sink in WINDOWS:
+            patched = node.execute(model, window=window, sink_frames=sink, **settings).args[0]
+            ours, ours_attention = count(patched, clip)
+            row[f"window {window} sink {sink}"] = {
+                "step": ours / total,
+                "attention": ours_attention / attention,
+            }
+        rows.append(row)
+        print(f"{clip.name}: {total / 1e12:.1f} TFLOP", flush=True)
+    report = {"comfyui": comfyui_version, "torch": torch.__version__, "blocks_counted": BLOCKS_COUNTED, "rows": rows}
+    (HERE / "flops.json").write_text(json.dumps(report, indent=1) + "\n")
+    (HERE / "flops.md").write_text(table(rows))
+    print(table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: FLOPs of a whole step, and of its attention in brackets, as a share of dense."""
+    names = [f"window {window} sink {sink}" for window, sink in WINDOWS]
+    lines = [
+        "| clip | T×tokens | dense TFLOP a step | attention | "
+        + " | ".join(f"±{window}, {sink} sink" for window, sink in WINDOWS)
+        + " |",
+        "|---" * (4 + len(names)) + "|",
+    ]
+    for row in rows:
+        frames, height, width = row["grid"]
+        cells = [f"{row[name]['step']:.0%} ({row[name]['attention']:.0%})" for name in names]
+        lines.append(
+            f"| {row['clip']} | {frames}×{height * width} | {row['dense_tflop']:.0f} "
+            f"| {row['attention_share']:.0%} | " + " | ".join(cells) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

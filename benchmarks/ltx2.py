@@ -1,0 +1,106 @@
+"""LTX-2 at its full size with random weights, and the clips that the benchmarks speak of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.nested_tensor
+import comfy.sample
+import comfy.samplers
+import comfy.supported_models
+import torch
+
+BLOCKS = 48
+TEXT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip by its video frames and pixels."""
+
+    frames: int
+    width: int
+    height: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.frames} f {self.width}×{self.height}"
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(T, h, w) of the latent."""
+        return (self.frames - 1) // 8 + 1, self.height // 32, self.width // 32
+
+    @property
+    def audio_frames(self) -> int:
+        """Latent audio frames at 25 a second and 24 video frames a second."""
+        return round(self.frames / 24 * 25)
+
+
+CLIPS = (
+    Clip(97, 896, 512),
+    Clip(121, 1280, 704),
+    Clip(241, 1280, 704),
+    Clip(481, 1280, 704),
+    Clip(121, 1920, 1088),
+)
+
+
+def build_ltx2(device: str, dtype: torch.dtype = torch.bfloat16, blocks: int = BLOCKS) -> Any:
+    """A ModelPatcher around LTXAVModel of LTX-2's size; on `meta` it holds no weights."""
+    config = {
+        "image_model": "ltxav",
+        "num_layers": blocks,
+        "num_attention_heads": 32,
+        "attention_head_dim": 128,
+        "cross_attention_dim": 4096,
+        "caption_channels": 3840,
+        "in_channels": 128,
+        "audio_in_channels": 128,
+        "audio_num_attention_heads": 32,
+        "audio_attention_head_dim": 64,
+        "audio_cross_attention_dim": 2048,
+        "connector_num_layers": 1,
+    }
+    settings = comfy.supported_models.LTXAV(config)
+    settings.set_inference_dtype(dtype, None)
+    place = torch.device(device)
+    model = comfy.model_base.LTXAV(settings, device=place)
+    if place.type != "meta":
+        with torch.no_grad():
+            for parameter in model.diffusion_model.parameters():
+                parameter.normal_(std=0.02)
+    return comfy.model_patcher.ModelPatcher(model, load_device=place, offload_device=place)
+
+
+def conditioning(device: str) -> list[list[Any]]:
+    """CONDITIONING of 128 random text tokens at 24 frames a second."""
+    return [[torch.randn(1, TEXT_TOKENS, 2 * 3840, device=device), {"frame_rate": 24.0}]]
+
+
+def noise(clip: Clip, device: str) -> Any:
+    """Nested video and audio noise."""
+    video = torch.randn(1, 128, *clip.grid, device=device)
+    audio = torch.randn(1, 8, clip.audio_frames, 16, device=device)
+    return comfy.nested_tensor.NestedTensor((video, audio))
+
+
+def sample(model: Any, clip: Clip, steps: int, device: str) -> None:
+    """So many Euler steps without CFG: one forward each."""
+    latent = noise(clip, device)
+    empty = comfy.nested_tensor.NestedTensor([torch.zeros_like(part) for part in latent.unbind()])
+    comfy.sample.sample_custom(
+        model,
+        latent,
+        1.0,
+        comfy.samplers.sampler_object("euler"),
+        torch.linspace(1, 0.5, steps + 1),
+        conditioning(device),
+        conditioning(device),
+        empty,
+        disable_pbar=True,
+        seed=0,
+    )

@@ -1,0 +1,88 @@
+"""`nox -s demo`, `nox -s tests`, `nox -s lint`: each sets up what it needs, once, in .venv and .cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import nox
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import comfyui_tree
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["lint", "tests"]
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+TORCH = ["torch<2.15", "torchvision", "torchaudio"]
+TYPED = ["patches", "latents", "nodes"]
+# What also runs on the oldest ComfyUI release; its tree on the registry has no server.
+IN_PROCESS = ["tests/kernels", "tests/layouts", "tests/patches", "tests/comfy"]
+OLDEST = "0.9.2"
+
+
+def prepare(session: nox.Session) -> None:
+    """Creates or completes the one environment that all sessions share."""
+    tree = comfyui_tree.find_comfyui(os.environ.get("FRAMETHRIFT_COMFYUI") or None)
+    wanted = [
+        line.strip()
+        for line in (tree / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+    # torch has its own step; torchsde is no part of it and stays in the list.
+    wanted = [line for line in wanted if project_of(line) not in {"torch", "torchvision", "torchaudio"}]
+    tools = nox.project.dependency_groups(nox.project.load_toml(ROOT / "pyproject.toml"), "dev")
+
+    stamp = VENV / "frame-thrift.stamp"
+    digest = hashlib.sha256("\n".join([*TORCH, *wanted, *tools]).encode()).hexdigest()
+    if PYTHON.exists() and stamp.exists() and stamp.read_text() == digest:
+        return
+    if not PYTHON.exists():
+        # nox depends on virtualenv, which needs no ensurepip, unlike venv on some systems.
+        session.run(sys.executable, "-m", "virtualenv", "--prompt", "frame-thrift", str(VENV), external=True)
+    session.log("Installing torch (some GB, minutes on the first run), ComfyUI's requirements and the tools")
+    for packages in (TORCH, wanted, tools):
+        session.run(str(PYTHON), "-m", "pip", "install", *packages, external=True)
+    stamp.write_text(digest)
+
+
+def project_of(requirement: str) -> str:
+    """The project name of a requirement line."""
+    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
+
+
+def run(session: nox.Session, *command: str, **env: str) -> None:
+    session.run(str(PYTHON), *command, env=env, external=True)
+
+
+@nox.session(python=False)
+def demo(session: nox.Session) -> None:
+    """The same clip stock and with ApplyTemporalWindow through a real ComfyUI server; see demo_output/."""
+    prepare(session)
+    run(session, "demo/run.py", *session.posargs)
+
+
+@nox.session(python=False)
+def tests(session: nox.Session) -> None:
+    """All tests on ComfyUI 0.30.0, then the in-process ones on the oldest supported release."""
+    prepare(session)
+    run(session, "-m", "pytest", *session.posargs)
+    if not session.posargs:
+        # An empty COMFYUI_PATH counts as unset: this run is about that release and no other.
+        here = [folder for folder in IN_PROCESS if (ROOT / folder).is_dir()]
+        run(session, "-m", "pytest", *here, COMFYUI_PATH="", FRAMETHRIFT_COMFYUI=OLDEST)
+
+
+@nox.session(python=False)
+def lint(session: nox.Session) -> None:
+    """ruff (lint and format) and mypy."""
+    prepare(session)
+    run(session, "-m", "ruff", "check", ".")
+    run(session, "-m", "ruff", "format", "--check", ".")
+    run(session, "-m", "mypy", *[folder for folder in TYPED if (ROOT / folder).is_dir()])

@@ -1,0 +1,25 @@
+"""The only place that knows model families. A new one is a file here and a line in `FAMILIES`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from . import ltx
+from .layout import Layout, Unclear
+
+FAMILIES = (ltx.read,)
+
+UNKNOWN_MODEL = "UNKNOWN_MODEL"
+
+
+def read_layout(
+    diffusion_model: torch.nn.Module, x: torch.Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]
+) -> Layout | Unclear:
+    """Read one forward of `diffusion_model` on latent `x`, by the first family that knows the model."""
+    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
+    for read in FAMILIES:
+        layout = read(model, x, options, conds)
+        if layout is not None:
+            return layout
+    return Unclear(UNKNOWN_MODEL)

@@ -1,0 +1,58 @@
+"""What a model family has to tell about one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from ..kernels.tokens import VideoTokens
+
+
+class Role(Enum):
+    """Who attends to whom in one attention call."""
+
+    VIDEO_SELF = "video self-attention"
+    VIDEO_TEXT = "video to text"
+    AUDIO_SELF = "audio self-attention"
+    AUDIO_TEXT = "audio to text"
+    VIDEO_AUDIO = "video to audio"
+    AUDIO_VIDEO = "audio to video"
+
+
+@dataclass(frozen=True)
+class Site:
+    """The place of one attention module: its role and its transformer block, counted from 0 of `blocks`."""
+
+    role: Role
+    block: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Unclear:
+    """Why a forward, or one attention call in it, cannot be read. `reason` is counted and logged."""
+
+    reason: str
+
+
+class Layout:
+    """One model family's reading of one forward. Subclasses live beside this file."""
+
+    def sites(self) -> Iterator[tuple[torch.nn.Module, Site]]:
+        """Every attention module of the model with its place."""
+        raise NotImplementedError
+
+    def video_tokens(self) -> VideoTokens | Unclear:
+        """The order of the video tokens in this forward."""
+        raise NotImplementedError
+
+    def query_rows(self, q: torch.Tensor, mask: Any, module_mask: Any, tokens: VideoTokens) -> range | Unclear:
+        """Which video tokens the rows of `q` [B, n, H·D] are.
+
+        `mask` is the one given to the attention call, `module_mask` the one given to the module around it.
+        """
+        raise NotImplementedError

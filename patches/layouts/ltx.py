@@ -1,0 +1,103 @@
+"""LTX-Video (LTXVModel) and LTX-2 (LTXAVModel)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from ..kernels.tokens import VideoTokens
+from .layout import Layout, Role, Site, Unclear
+
+CLASS_NAMES = {"LTXVModel", "LTXAVModel"}
+
+ROLES = {
+    "attn1": Role.VIDEO_SELF,
+    "attn2": Role.VIDEO_TEXT,
+    "audio_attn1": Role.AUDIO_SELF,
+    "audio_attn2": Role.AUDIO_TEXT,
+    "audio_to_video_attn": Role.VIDEO_AUDIO,
+    "video_to_audio_attn": Role.AUDIO_VIDEO,
+}
+
+UNCLEAR_SHAPE = "UNCLEAR_SHAPE"
+UNCLEAR_QUERY = "UNCLEAR_QUERY"
+
+
+def read(
+    model: torch.nn.Module, x: torch.Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]
+) -> LtxLayout | None:
+    """The layout of this forward if `model` is of the LTX family, else None."""
+    if not any(base.__name__ in CLASS_NAMES for base in type(model).__mro__):
+        return None
+    return LtxLayout(model, x, options, conds)
+
+
+class LtxLayout(Layout):
+    def __init__(
+        self, model: torch.nn.Module, x: torch.Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]
+    ):
+        self._model = model
+        self._shape = _video_shape(x, conds.get("latent_shapes"))
+        self._keyframe_idxs = conds.get("keyframe_idxs")
+        self._denoise_mask = conds.get("denoise_mask")
+        anchor = getattr(options.get("context_window"), "causal_anchor_index", None)
+        self._anchors = int(anchor is not None and anchor >= 0)
+
+    def sites(self) -> Iterator[tuple[torch.nn.Module, Site]]:
+        blocks = list(self._model.transformer_blocks)  # type: ignore[arg-type]  # a ModuleList
+        for index, block in enumerate(blocks):
+            for name, role in ROLES.items():
+                module = getattr(block, name, None)
+                if module is not None:
+                    yield module, Site(role, index, len(blocks))
+
+    def video_tokens(self) -> VideoTokens | Unclear:
+        if self._shape is None:
+            return Unclear(UNCLEAR_SHAPE)
+        frames, height, width = self._shape
+        per_frame = height * width
+        guides = 0 if self._keyframe_idxs is None else int(self._keyframe_idxs.shape[2])
+        guide_frames, rest = divmod(guides, per_frame)
+        if rest or guide_frames >= frames:
+            return Unclear(UNCLEAR_SHAPE)
+        frames -= guide_frames
+        if not guides or self._denoise_mask is None:
+            return VideoTokens.grid(frames, height, width, guides, self._anchors)
+        # As the model does where guides are given: a token whose denoise mask is negative is dropped.
+        kept = ~(self._denoise_mask[0] < 0).any(dim=0).flatten()
+        if kept.numel() != (frames + guide_frames) * per_frame:
+            return Unclear(UNCLEAR_SHAPE)
+        per_frame_kept = kept.view(-1, per_frame).sum(dim=1).tolist()
+        offsets = tuple(accumulate(per_frame_kept[:frames], initial=0))
+        return VideoTokens(offsets, sum(per_frame_kept), self._anchors)
+
+    def query_rows(self, q: torch.Tensor, mask: Any, module_mask: Any, tokens: VideoTokens) -> range | Unclear:
+        rows = q.shape[1]
+        if rows == tokens.total:
+            return range(rows)
+        # Guide strengths other than 1: the module hands over query slices, each with its own part of the mask.
+        start = getattr(module_mask, "guide_start", None)
+        if start is not None:
+            end = start + module_mask.tracked_count
+            if mask is module_mask.noisy_mask and rows == start:
+                return range(start)
+            if mask is module_mask.tracked_mask and rows == end - start:
+                return range(start, end)
+            if mask is None and rows == tokens.total - end:
+                return range(end, tokens.total)
+        return Unclear(UNCLEAR_QUERY)
+
+
+def _video_shape(x: torch.Tensor, latent_shapes: Any) -> tuple[int, int, int] | None:
+    """(T, h, w) of the video latent; an audio-video latent travels packed, its shapes beside it."""
+    shape = tuple(x.shape)
+    if latent_shapes:
+        items = [math.prod(s[1:]) for s in latent_shapes]
+        if sum(items) != math.prod(shape[1:]):
+            return None
+        shape = tuple(latent_shapes[0])
+    return tuple(shape[2:]) if len(shape) == 5 else None  # type: ignore[return-value]  # three left of five

@@ -1,0 +1,23 @@
+"""Fixtures of the in-process tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def windowed(pack) -> Callable[..., Any]:
+    """`windowed(model, window=1, ...)`: the model as the node returns it."""
+    node = pack("nodes").ApplyTemporalWindow
+    defaults = {"window": 1, "sink_frames": 0, "start_percent": 0.0, "end_percent": 1.0, "dense_blocks": 0}
+    return lambda model, **settings: node.execute(model, **{**defaults, **settings}).args[0]
+
+
+@pytest.fixture(scope="session")
+def last_run(pack) -> Callable[[Any], dict[str, Any]]:
+    """`last_run(model)`: the window's part of the last record in the journal."""
+    journal_of = pack("patches.mount").journal_of
+    return lambda model: journal_of(model).records()[-1]["techniques"]["temporal window"]

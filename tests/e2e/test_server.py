@@ -1,0 +1,164 @@
+"""The pack in a real ComfyUI server, over its HTTP and WebSocket API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import av
+import pytest
+import torch
+from safetensors.torch import load_file
+
+NARROW = {"window": 1, "sink_frames": 1, "start_percent": 0.0, "end_percent": 1.0, "dense_blocks": 0}
+# 8 latent frames of 4 × 4 tokens: a window of 1 leaves most of them out.
+SMALL = {"frames": 57, "size": 128, "steps": 2}
+LATENT = "latent file"
+
+
+def keep_latent(graph: dict[str, Any], graphs: Any) -> dict[str, Any]:
+    """The graph with its sampled latent saved, which unlike a video can be compared bit for bit."""
+    inputs = {"samples": [graphs.SAMPLER, 0], "filename_prefix": "latents/test"}
+    return {**graph, LATENT: {"class_type": "SaveLatent", "inputs": inputs}}
+
+
+def latent_of(server: Any, result: Any) -> torch.Tensor:
+    return load_file(server.output_path(result, LATENT, "latents"))["latent_tensor"]
+
+
+def test_object_info_shows_every_input_with_tooltip_and_range(object_info: dict[str, Any]) -> None:
+    info = object_info["ApplyTemporalWindow"]
+    assert info["category"] == "FrameThrift"
+    assert info["output"] == ["MODEL"]
+    inputs = info["input"]["required"]
+    assert list(inputs) == ["model", "window", "sink_frames", "start_percent", "end_percent", "dense_blocks"]
+    assert all(len(options["tooltip"]) > 20 for _, options in inputs.values())
+    ranges = {name: (kind, o["min"], o["max"]) for name, (kind, o) in inputs.items() if name != "model"}
+    assert ranges == {
+        "window": ("INT", 1, 32),
+        "sink_frames": ("INT", 0, 8),
+        "start_percent": ("FLOAT", 0.0, 1.0),
+        "end_percent": ("FLOAT", 0.0, 1.0),
+        "dense_blocks": ("INT", 0, 16),
+    }
+    assert all(o["min"] <= o["default"] <= o["max"] for name, (_, o) in inputs.items() if name != "model")
+    assert inputs["dense_blocks"][1]["advanced"] is True
+
+
+def test_graph_runs_and_the_log_says_what_the_window_did(server: Any, graphs: Any, new_log: Any) -> None:
+    steps = []
+    graph = graphs.build_graph(NARROW, seed=11, **SMALL)
+    result = server.queue(graph, lambda node, done, total: steps.append((node, done, total)))
+    with av.open(str(server.output_path(result, graphs.VIDEO))) as video:
+        assert sum(1 for _ in video.decode(video=0)) == SMALL["frames"]
+    assert (graphs.SAMPLER, 2, 2) in steps
+    lines = [line for line in new_log().splitlines() if "FrameThrift:" in line]
+    assert len(lines) == 1
+    assert "steps 1–2 of 2" in lines[0]
+    assert "taken, 0 declined" in lines[0]
+
+
+def test_window_changes_the_picture_and_a_wide_one_does_not(server: Any, graphs: Any) -> None:
+    def sample(window: dict[str, Any] | None) -> torch.Tensor:
+        graph = keep_latent(graphs.build_graph(window, seed=12, **SMALL), graphs)
+        return latent_of(server, server.queue(graph))
+
+    stock = sample(None)
+    assert torch.isfinite(stock).all()
+    assert not torch.equal(sample(NARROW), stock)
+    assert torch.equal(sample({**NARROW, "window": 4}), stock)
+
+
+def test_second_queueing_takes_from_the_cache_what_did_not_change(server: Any, graphs: Any) -> None:
+    def sample(seed: int) -> tuple[frozenset[str], torch.Tensor]:
+        result = server.queue(keep_latent(graphs.build_graph(NARROW, seed=seed, **SMALL), graphs))
+        return result.cached, latent_of(server, result)
+
+    _, first = sample(13)
+    cached, again = sample(13)
+    assert {graphs.WINDOW, graphs.SAMPLER} <= cached
+    assert torch.equal(again, first)
+    cached, other = sample(14)
+    assert graphs.WINDOW in cached and graphs.SAMPLER not in cached
+    assert not torch.equal(other, first)
+    _, back = sample(13)
+    assert torch.equal(back, first)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("window", 0),
+        ("window", 33),
+        ("sink_frames", -1),
+        ("sink_frames", 9),
+        ("start_percent", -0.1),
+        ("start_percent", 1.5),
+        ("end_percent", 1.5),
+        ("dense_blocks", 17),
+    ],
+)
+def test_out_of_range_value_is_rejected_by_name(
+    server: Any, driver: Any, graphs: Any, name: str, value: float
+) -> None:
+    with pytest.raises(driver.PromptRejected) as caught:
+        server.queue(graphs.build_graph({**NARROW, name: value}, **SMALL))
+    assert caught.value.status == 400
+    errors = caught.value.node_errors[graphs.WINDOW]["errors"]
+    assert [error["extra_info"]["input_name"] for error in errors] == [name]
+
+
+def test_interrupt_leaves_a_healthy_server(server: Any, driver: Any, graphs: Any) -> None:
+    def stop(node: str, done: int, total: int) -> None:
+        if node == graphs.SAMPLER and done == 2:
+            server.interrupt()
+
+    before = latent_of(
+        server, server.queue(keep_latent(graphs.build_graph(NARROW, seed=15, **SMALL), graphs))
+    )
+    with pytest.raises(driver.ExecutionInterrupted):
+        server.queue(graphs.build_graph(NARROW, seed=16, **{**SMALL, "steps": 400}), stop)
+    # Another graph in between, so that the repetition is computed and not taken from the cache.
+    server.queue(graphs.build_graph(None, seed=17, **SMALL))
+    changed = graphs.build_graph({**NARROW, "sink_frames": 2}, seed=15, **SMALL)
+    server.queue(keep_latent(changed, graphs))
+    again = server.queue(keep_latent(graphs.build_graph(NARROW, seed=15, **SMALL), graphs))
+    assert torch.equal(latent_of(server, again), before)
+
+
+def test_unknown_model_runs_unharmed_and_the_log_says_why(server: Any, new_log: Any) -> None:
+    def sample(window: dict[str, Any] | None) -> torch.Tensor:
+        inputs = {"seed": 3, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple"}
+        graph: dict[str, Any] = {
+            "odd": {"class_type": "ThriftOddModel", "inputs": {}},
+            "empty": {
+                "class_type": "EmptyLatentImage",
+                "inputs": {"width": 64, "height": 64, "batch_size": 1},
+            },
+            "sample": {
+                "class_type": "KSampler",
+                "inputs": {
+                    **inputs,
+                    "denoise": 1.0,
+                    "model": ["odd", 0],
+                    "positive": ["odd", 1],
+                    "negative": ["odd", 1],
+                    "latent_image": ["empty", 0],
+                },
+            },
+            LATENT: {
+                "class_type": "SaveLatent",
+                "inputs": {"samples": ["sample", 0], "filename_prefix": "odd"},
+            },
+        }
+        if window is not None:
+            graph["window"] = {"class_type": "ApplyTemporalWindow", "inputs": {"model": ["odd", 0], **window}}
+            graph["sample"]["inputs"]["model"] = ["window", 0]
+        return latent_of(server, server.queue(graph))
+
+    stock = sample(None)
+    assert torch.isfinite(stock).all() and stock.std() > 0
+    assert "FrameThrift:" not in new_log()
+    assert torch.equal(sample(NARROW), stock)
+    lines = [line for line in new_log().splitlines() if "FrameThrift:" in line]
+    assert len(lines) == 1
+    assert "declined" in lines[0] and "UNKNOWN_MODEL" in lines[0]

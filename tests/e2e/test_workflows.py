@@ -1,0 +1,116 @@
+"""The workflow templates: offered by the server, and runnable as a person would run them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORKFLOWS = Path(__file__).resolve().parent.parent.parent / "workflows"
+TEMPLATES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+BYPASSED, MUTED = 4, 2
+LOADERS = ("CheckpointLoaderSimple", "CLIPLoader", "CLIPTextEncode")
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def with_mode(graph: dict[str, Any], kind: str, mode: int) -> dict[str, Any]:
+    """The graph after a person has bypassed or muted the nodes of one kind."""
+    graph = copy.deepcopy(graph)
+    for node in graph["nodes"]:
+        if node["type"] == kind:
+            node["mode"] = mode
+    return graph
+
+
+def dry(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The prompt with the tiny model in place of the files, small, and with its latent saved."""
+    kinds = {key: node["class_type"] for key, node in prompt.items()}
+    conditioning = next(node for node in prompt.values() if node["class_type"] == "LTXVConditioning")[
+        "inputs"
+    ]
+    tiny = {conditioning["positive"][0]: 1, conditioning["negative"][0]: 2}
+    caption = {"shape": "ring", "direction": "horizontal", "speed": "medium", "second_shape": "none"}
+    small = {"tiny": {"class_type": "ThriftTinyLTX", "inputs": caption}}
+    for key, node in copy.deepcopy(prompt).items():
+        if kinds[key] in LOADERS:
+            continue
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and kinds.get(value[0]) == "CheckpointLoaderSimple":
+                node["inputs"][name] = ["tiny", {0: 0, 2: 3}[value[1]]]
+            elif isinstance(value, list) and value[0] in tiny:
+                node["inputs"][name] = ["tiny", tiny[value[0]]]
+        if kinds[key] == "EmptyLTXVLatentVideo":
+            node["inputs"].update(width=128, height=128, length=57)
+        if kinds[key] == "LTXVScheduler":
+            node["inputs"]["steps"] = 2
+        small[key] = node
+    sampler = next(key for key, kind in kinds.items() if kind.startswith("SamplerCustom"))
+    inputs = {"samples": [sampler, 0], "filename_prefix": "latents/template"}
+    return {**small, "latent file": {"class_type": "SaveLatent", "inputs": inputs}}
+
+
+def run(server: Any, prompt: dict[str, Any]) -> torch.Tensor:
+    result = server.queue(dry(prompt))
+    videos = [key for key, node in prompt.items() if node["class_type"] == "SaveVideo"]
+    assert all(server.output_path(result, key).stat().st_size > 0 for key in videos)
+    return load_file(server.output_path(result, "latent file", "latents"))["latent_tensor"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template_is_offered_with_a_thumbnail(server: Any, name: str) -> None:
+    assert name in server.get("/workflow_templates")["frame-thrift"]
+    status, picture = server.request("GET", f"/api/workflow_templates/frame-thrift/{name}.jpg")
+    assert status == 200 and picture.startswith(b"\xff\xd8")
+    assert len(picture) <= 150_000
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template_knows_all_its_nodes(object_info: dict[str, Any], name: str) -> None:
+    kinds = {node["type"] for node in read(name)["nodes"]}
+    assert kinds - set(object_info) <= {"Note", "MarkdownNote"}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template_runs_dry(
+    server: Any, object_info: dict[str, Any], ui_graph: Any, name: str, new_log: Any
+) -> None:
+    latent = run(server, ui_graph.to_prompt(read(name), object_info))
+    assert torch.isfinite(latent).all()
+    lines = [line for line in new_log().splitlines() if "FrameThrift:" in line]
+    assert lines and all("taken" in line for line in lines)
+
+
+def test_bypassed_node_gives_the_stock_result(
+    server: Any, object_info: dict[str, Any], ui_graph: Any, graphs: Any, new_log: Any
+) -> None:
+    graph = read("apply_temporal_window")
+    windowed = run(server, ui_graph.to_prompt(graph, object_info))
+    logged = new_log()
+    prompt = ui_graph.to_prompt(with_mode(graph, "ApplyTemporalWindow", BYPASSED), object_info)
+    assert "ApplyTemporalWindow" not in {node["class_type"] for node in prompt.values()}
+    bypassed = run(server, prompt)
+    assert new_log() == logged or "FrameThrift:" not in new_log()[len(logged) :]
+    assert not torch.equal(bypassed, windowed)
+
+
+def test_muted_node_is_refused_plainly_and_harms_nothing(
+    server: Any, driver: Any, object_info: dict[str, Any], ui_graph: Any
+) -> None:
+    graph = read("apply_temporal_window")
+    prompt = ui_graph.to_prompt(with_mode(graph, "ApplyTemporalWindow", MUTED), object_info)
+    with pytest.raises(driver.PromptRejected) as caught:
+        server.queue(dry(prompt))
+    guider = next(key for key, node in prompt.items() if node["class_type"] == "CFGGuider")
+    errors = caught.value.node_errors[guider]["errors"]
+    assert [(e["type"], e["extra_info"]["input_name"]) for e in errors] == [
+        ("required_input_missing", "model")
+    ]
+    assert torch.isfinite(run(server, ui_graph.to_prompt(graph, object_info))).all()

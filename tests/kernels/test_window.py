@@ -1,0 +1,179 @@
+"""The window kernel against its definition, in the ways it can be wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+HEADS, WIDTH = 2, 8
+
+
+@pytest.fixture(scope="module")
+def kernel(pack):
+    return pack("patches.kernels.window")
+
+
+@pytest.fixture(scope="module")
+def Tokens(pack):
+    return pack("patches.kernels.tokens").VideoTokens
+
+
+def attend(q, k, v, mask):
+    """Plain attention in the dtype of its inputs, [B, N, C]."""
+    heads = [x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+def tensors(tokens, batch=1, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, tokens.total, HEADS * WIDTH)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
+
+
+def run(kernel, tokens, window, sinks, q, k, v, mask=None, rows=None):
+    rows = range(tokens.total) if rows is None else rows
+    return kernel.attend_window(q[:, rows.start : rows.stop], k, v, mask, rows, tokens, window, sinks, attend)
+
+
+layouts = st.fixed_dictionaries(
+    {
+        "frames": st.integers(4, 14),
+        "height": st.integers(1, 3),
+        "width": st.integers(1, 3),
+        "guides": st.integers(0, 4),
+        "anchors": st.integers(0, 1),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(layout=layouts, window=st.integers(1, 4), sinks=st.integers(0, 8), batch=st.integers(1, 2))
+def test_equals_the_definition(pack, layout, window, sinks, batch):
+    kernel, tokens = pack("patches.kernels.window"), pack("patches.kernels.tokens").VideoTokens.grid(**layout)
+    if 2 * window + 1 >= tokens.frames - tokens.anchors:
+        window = 1
+    q, k, v = tensors(tokens, batch)
+    if 3 >= tokens.frames - tokens.anchors:
+        return
+    expected = kernel.attend_reference(q, k, v, HEADS, tokens, window, sinks)
+    torch.testing.assert_close(run(kernel, tokens, window, sinks, q, k, v), expected)
+    segments = kernel.window_segments(tokens, window, sinks)
+    plain = kernel.attend_segments(q, k, v, None, range(tokens.total), segments, attend)
+    torch.testing.assert_close(plain, expected)
+
+
+@pytest.mark.parametrize(("frames", "window", "sinks"), [(40, 1, 1), (40, 1, 3), (26, 2, 1), (13, 4, 1), (61, 4, 2)])
+@pytest.mark.parametrize("rows", [0, 2])
+def test_long_clips_in_chunks_and_batches(kernel, Tokens, monkeypatch, frames, window, sinks, rows):
+    monkeypatch.setattr(kernel, "INTERLEAVED_ROWS", rows)
+    tokens = Tokens.grid(frames, 1, 2, guides=1)
+    q, k, v = tensors(tokens, batch=2)
+    expected = kernel.attend_reference(q, k, v, HEADS, tokens, window, sinks)
+    torch.testing.assert_close(run(kernel, tokens, window, sinks, q, k, v), expected)
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("shape", [(9, 2, 3), (7, 3, 5)])
+def test_frames_outside_change_no_bit_and_frames_inside_do(kernel, Tokens, shape, sinks):
+    tokens, window = Tokens.grid(*shape), 1
+    per_frame = shape[1] * shape[2]
+    q, k, v = tensors(tokens, dtype=torch.float32)
+    before = run(kernel, tokens, window, sinks, q, k, v)
+    for changed in range(tokens.frames):
+        k2, v2 = k.clone(), v.clone()
+        token = changed * per_frame + per_frame - 1
+        k2[:, token] += 1.0
+        v2[:, token] += 1.0
+        after = run(kernel, tokens, window, sinks, q, k2, v2)
+        for frame in range(tokens.frames):
+            low = min(max(frame - window, 0), tokens.frames - 2 * window - 1)
+            seen = low <= changed <= low + 2 * window or changed < sinks
+            rows = slice(frame * per_frame, (frame + 1) * per_frame)
+            assert torch.equal(before[:, rows], after[:, rows]) is not seen, (changed, frame)
+
+
+def test_tokens_out_of_sight_may_be_nan(kernel, Tokens):
+    tokens = Tokens.grid(12, 1, 2)
+    q, k, v = tensors(tokens)
+    k[:, 10:12] = v[:, 10:12] = torch.nan  # frame 5
+    out = run(kernel, tokens, 1, 1, q, k, v)
+    bad = {row // 2 for row in range(tokens.total) if out[0, row].isnan().any()}
+    assert bad == {4, 5, 6}
+
+
+def test_guides_and_anchors_see_all_and_are_seen_by_all(kernel, Tokens):
+    tokens = Tokens.grid(9, 1, 1, guides=2, anchors=1)
+    q, k, v = tensors(tokens)
+    before = run(kernel, tokens, 1, 0, q, k, v)
+    for special in (0, 9, 10):
+        v2 = v.clone()
+        v2[:, special] += 1
+        assert (run(kernel, tokens, 1, 0, q, k, v2) != before).any(-1).all(), "seen by all"
+    for far in range(1, 9):
+        v2 = v.clone()
+        v2[:, far] += 1
+        changed = (run(kernel, tokens, 1, 0, q, k, v2) != before).any(-1)[0]
+        assert changed[[0, 9, 10]].all(), "see all"
+        assert not changed.all()
+
+
+def test_dropped_tokens_make_ragged_frames(kernel, Tokens):
+    tokens = Tokens((0, 3, 5, 5, 9, 10, 12, 14, 15), 17)
+    q, k, v = tensors(tokens)
+    expected = kernel.attend_reference(q, k, v, HEADS, tokens, 2, 1)
+    torch.testing.assert_close(run(kernel, tokens, 2, 1, q, k, v), expected)
+
+
+@pytest.mark.parametrize("mask_rows", ["one", "all"])
+@pytest.mark.parametrize("rows", [range(22), range(20), range(4, 13), range(20, 22)])
+def test_masks_and_query_slices(kernel, Tokens, rows, mask_rows):
+    tokens = Tokens.grid(10, 1, 2, guides=2)
+    q, k, v = tensors(tokens)
+    generator = torch.Generator().manual_seed(5)
+    bias = torch.randn(1, 1, tokens.total if mask_rows == "all" else 1, tokens.total, generator=generator).double()
+    mask = bias[:, :, rows.start : rows.stop] if mask_rows == "all" else bias
+    out = run(kernel, tokens, 1, 1, q, k, v, mask, rows)
+    segments = kernel.window_segments(tokens, 1, 1)
+    visible = torch.full((tokens.total, tokens.total), -torch.inf, dtype=torch.float64)
+    for segment in segments:
+        for a, b in segment.keys:
+            visible[segment.start : segment.stop, a:b] = 0
+    expected = attend(q, k, v, bias + visible)[:, rows.start : rows.stop]
+    torch.testing.assert_close(out, expected)
+
+
+def test_batch_items_do_not_see_each_other(kernel, Tokens):
+    tokens = Tokens.grid(9, 2, 2, guides=3)
+    q, k, v = tensors(tokens, batch=2)
+    both = run(kernel, tokens, 1, 1, q, k, v)
+    k[1], v[1] = torch.nan, torch.nan
+    assert torch.equal(run(kernel, tokens, 1, 1, q, k, v)[0], both[0])
+
+
+def test_every_pair_is_counted(kernel, Tokens):
+    tokens = Tokens.grid(16, 2, 2)
+    segments = kernel.window_segments(tokens, 1, 0)
+    assert kernel.visible_pairs(segments, range(tokens.total)) == 64 * 3 * 4
+    assert kernel.visible_pairs(segments, range(8)) == 8 * 3 * 4
+    with_sink = kernel.window_segments(tokens, 1, 1)
+    # Frames 0, 1 and (through the shift) none else hold the sink in their window: 14 frames see one more.
+    assert kernel.visible_pairs(with_sink, range(tokens.total)) == (16 * 3 + 14) * 16
+
+
+def test_attention_calls_stay_few(kernel, Tokens):
+    calls = []
+
+    def counting(q, k, v, mask):
+        calls.append(q.shape[0])
+        return attend(q, k, v, mask)
+
+    tokens = Tokens.grid(61, 1, 2)
+    q, k, v = tensors(tokens)
+    kernel.attend_window(q, k, v, None, range(tokens.total), tokens, 2, 0, counting)
+    assert len(calls) == 3
+    calls.clear()
+    kernel.attend_window(q, k, v, None, range(tokens.total), tokens, 2, 1, counting)
+    assert len(calls) <= 3 + 5

@@ -1,0 +1,114 @@
+"""Tiny LTXV and LTXAV models with random weights in real ModelPatchers, and one way to sample them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.nested_tensor
+import comfy.sample
+import comfy.samplers
+import comfy.supported_models
+import torch
+
+TEXT_TOKENS = 5
+FAMILIES = ("ltxv", "ltxav")
+
+
+def build_model(
+    family: str = "ltxv", blocks: int = 3, head_width: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Any:
+    """A ModelPatcher on the CPU around the real model class, two heads wide."""
+    heads, width = 2, 2 * head_width
+    config: dict[str, Any] = {
+        "image_model": family,
+        "num_layers": blocks,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_width,
+        "cross_attention_dim": width,
+        "caption_channels": 16,
+        "in_channels": 128,
+    }
+    if family == "ltxav":
+        config |= {
+            "audio_in_channels": 128,
+            "audio_num_attention_heads": heads,
+            "audio_attention_head_dim": 32,
+            "audio_cross_attention_dim": heads * 32,
+            "connector_num_layers": 1,
+            "connector_attention_head_dim": 8,
+            "connector_num_attention_heads": 2,
+        }
+    kind = {"ltxv": "LTXV", "ltxav": "LTXAV"}[family]
+    settings = getattr(comfy.supported_models, kind)(config)
+    settings.set_inference_dtype(dtype, None)
+    model = getattr(comfy.model_base, kind)(settings, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.diffusion_model.parameters():
+            scale = 0.5 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    model.diffusion_model.eval()
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def conditioning(family: str = "ltxv", seed: int = 1, batch: int = 1, **values: Any) -> list[list[Any]]:
+    """CONDITIONING with random text of 5 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = 16 if family == "ltxv" else 32
+    text = torch.randn(batch, TEXT_TOKENS, channels, generator=generator)
+    mask = {"attention_mask": torch.ones(batch, TEXT_TOKENS, dtype=torch.long)} if family == "ltxv" else {}
+    return [[text, {**mask, "frame_rate": 24.0, **values}]]
+
+
+def noise_like(family: str = "ltxv", shape: tuple[int, ...] = (9, 2, 3), batch: int = 1, seed: int = 2) -> Any:
+    """Video noise [B,128,T,h,w], for LTXAV nested with audio of T frames, so that lengths coincide."""
+    generator = torch.Generator().manual_seed(seed)
+    video = torch.randn(batch, 128, *shape, generator=generator)
+    if family == "ltxv":
+        return video
+    audio = torch.randn(batch, 8, shape[0] * shape[1] * shape[2], 16, generator=generator)
+    return comfy.nested_tensor.NestedTensor((video, audio))
+
+
+def zeros_like(noise: Any) -> Any:
+    if noise.is_nested:
+        return comfy.nested_tensor.NestedTensor([torch.zeros_like(part) for part in noise.unbind()])
+    return torch.zeros_like(noise)
+
+
+def sample(
+    model: Any,
+    family: str = "ltxv",
+    noise: Any = None,
+    steps: int = 3,
+    cfg: float = 2.0,
+    sampler: str = "euler",
+    sigmas: torch.Tensor | None = None,
+    positive: Any = None,
+    negative: Any = None,
+    noise_mask: torch.Tensor | None = None,
+    **options: Any,
+) -> list[torch.Tensor]:
+    """Sample through comfy.sample as SamplerCustom does. Returns [video] or [video, audio]."""
+    noise = noise_like(family) if noise is None else noise
+    if sigmas is None:
+        sigmas = torch.linspace(1, 0, steps + 1)
+    out = comfy.sample.sample_custom(
+        model,
+        noise,
+        cfg,
+        comfy.samplers.sampler_object(sampler),
+        sigmas,
+        positive if positive is not None else conditioning(family),
+        negative if negative is not None else conditioning(family, seed=7),
+        zeros_like(noise),
+        noise_mask=noise_mask,
+        disable_pbar=True,
+        seed=3,
+        **options,
+    )
+    return list(out.unbind()) if out.is_nested else [out]

@@ -1,0 +1,129 @@
+"""Procedural clips: a bright shape, sometimes a dark one too, bouncing over a panning wave. No ComfyUI import.
+
+Motion is per second, so a clip at a low frame rate shows larger steps from frame to frame.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .captions import DIRECTIONS, SHAPES, SPEEDS
+
+SIZE = 32
+LENGTHS = (4, 5, 7, 9, 13, 17, 25)
+FPS_RANGE = (4.0, 30.0)
+USUAL_FPS = 24.0
+USUAL_SHARE = 0.4
+SECOND_SHARE = 0.2
+# Pixels per second of the 32-pixel clip, one per word of SPEEDS.
+SPEED_PX = (2.5, 6.0, 14.0)
+SPEED_SPREAD = 0.1
+
+
+@dataclass(frozen=True)
+class Clips:
+    """pixels [B, F, 32, 32] in 0..1; ids [B, 4] caption word indices; fps [B] frames per second."""
+
+    pixels: torch.Tensor
+    ids: torch.Tensor
+    fps: torch.Tensor
+
+
+def video_frames(latent_frames: int) -> int:
+    """Video frames of a clip of so many latent frames: the first holds one, every other eight."""
+    return 8 * (latent_frames - 1) + 1
+
+
+def draw_fps(batch: int, fps_range: tuple[float, float], generator: torch.Generator) -> torch.Tensor:
+    """[B] frame rates: two in five at 24 fps (if the range holds it), the others log-uniform over the range."""
+    low, high = fps_range
+    device = generator.device
+    spread = torch.rand(batch, generator=generator, device=device)
+    fps = torch.exp(math.log(low) + (math.log(high) - math.log(low)) * spread)
+    if low <= USUAL_FPS <= high:
+        usual = torch.rand(batch, generator=generator, device=device) < USUAL_SHARE
+        fps = torch.where(usual, torch.full_like(fps, USUAL_FPS), fps)
+    return fps
+
+
+def draw_ids(batch: int, generator: torch.Generator, second_share: float = SECOND_SHARE) -> torch.Tensor:
+    """[B, 4] caption word indices, uniform over the words; a second shape in `second_share` of the captions."""
+    device = generator.device
+
+    def pick(count: int) -> torch.Tensor:
+        return torch.randint(count, (batch,), generator=generator, device=device)
+
+    has_second = torch.rand(batch, generator=generator, device=device) < second_share
+    second = torch.where(has_second, 1 + pick(len(SHAPES)), 0)
+    return torch.stack([pick(len(SHAPES)), second, pick(len(DIRECTIONS)), pick(len(SPEEDS))], dim=1)
+
+
+def _bounce(start: torch.Tensor, travelled: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
+    """Position after moving `travelled` pixels between two walls `margin` away from the borders."""
+    span = SIZE - 2 * margin
+    phase = torch.remainder(start * span + travelled, 2 * span)
+    return margin + span - (phase - span).abs()
+
+
+def _coverage(kind: torch.Tensor, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """Antialiased coverage 0..1 of a shape of radius r; x, y relative to its centre, y pointing down."""
+    far = torch.sqrt(x * x + y * y + 1e-6)
+    ax, ay = x.abs(), y.abs()
+    disc = far - 0.92 * r
+    ring = (far - 0.86 * r).abs() - 1.25
+    cross = torch.minimum(torch.maximum(ax - r, ay - 1.5), torch.maximum(ay - r, ax - 1.5))
+    triangle = torch.maximum(y - 0.75 * r, 0.894 * ax - 0.447 * (y + r))
+    edge = torch.where(kind == 0, disc, torch.where(kind == 1, ring, torch.where(kind == 2, cross, triangle)))
+    return (0.5 - edge).clamp(0, 1)
+
+
+def draw_clips(
+    batch: int,
+    latent_frames: int,
+    generator: torch.Generator,
+    fps_range: tuple[float, float] = FPS_RANGE,
+    ids: torch.Tensor | None = None,
+    fps: torch.Tensor | None = None,
+) -> Clips:
+    """Draws `batch` clips of `latent_frames` latent frames on the generator's device.
+
+    ids [B, 4] and fps [B] are drawn where they are not given. The same generator state gives the same clips.
+    """
+    device = generator.device
+    ids = draw_ids(batch, generator) if ids is None else ids
+    fps = draw_fps(batch, fps_range, generator) if fps is None else fps
+    # One draw for everything: few kernels, so that clips cost little beside a training step.
+    u = torch.rand(24, batch, 1, generator=generator, device=device)
+    seconds = torch.arange(video_frames(latent_frames), device=device) / fps[:, None]
+
+    base = torch.tensor(SPEED_PX, device=device)[ids[:, 3]][:, None]
+    is_x = (ids[:, 2:3] != 1).float()
+    is_y = (ids[:, 2:3] != 0).float()
+    per_axis = torch.rsqrt(is_x + is_y)
+
+    grid = torch.arange(SIZE, device=device) + 0.5
+    col, row = grid.view(1, 1, 1, SIZE), grid.view(1, 1, SIZE, 1)
+
+    angle, wave = 2 * math.pi * u[0], 2 * math.pi / (12 + 12 * u[1])
+    kx, ky = wave * torch.cos(angle), wave * torch.sin(angle)
+    pan = (kx * (8 * u[2] - 4) + ky * (8 * u[3] - 4)) * seconds
+    phase = (2 * math.pi * u[4] - pan)[..., None, None]
+    pixels = 0.45 + 0.1 * torch.sin(kx[..., None, None] * col + ky[..., None, None] * row + phase)
+
+    # The dark shape first, so that the bright one passes in front of it.
+    for slot, offset in ((1, 14), (0, 6)):
+        v = u[offset : offset + 8]
+        radius = 5.5 + 1.5 * v[0]
+        margin = radius + 0.5
+        travelled = base * (1 + SPEED_SPREAD * (2 * v[1] - 1)) * per_axis * seconds
+        # A start in 0..2 spans covers both ways of moving along an axis.
+        x = _bounce(2 * v[2], travelled * is_x, margin)[..., None, None]
+        y = _bounce(2 * v[3], travelled * is_y, margin)[..., None, None]
+        kind = (ids[:, slot] - slot).view(-1, 1, 1, 1)
+        tone = (0.08 * v[4] if slot == 1 else 1.0 - 0.08 * v[4])[..., None, None]
+        cover = _coverage(kind, col - x, row - y, radius[..., None, None]) * (kind >= 0)
+        pixels = pixels + (tone - pixels) * cover
+    return Clips(pixels=pixels, ids=ids, fps=fps)

@@ -1,0 +1,94 @@
+"""A parameter-free causal codec with LTX's compression: 8 frames x 4 x 4 pixels <-> 128 channels.
+
+An orthonormal DCT of each block, exactly invertible. Clips of 32 x 32 pixels are shown as images of 256 x 256,
+so that a latent token covers 32 x 32 image pixels as in LTX. No ComfyUI import.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange, repeat
+
+FRAMES = 8
+BLOCK = 4
+CHANNELS = FRAMES * BLOCK * BLOCK
+ZOOM = 8
+MEAN = 0.45
+SIGNAL_CHANNELS = 48
+_POWER = 0.4
+
+# Standard deviation of each DCT coefficient over training clips; one row per temporal frequency, then y, x.
+_SPREAD = """
+1.375 0.477 0.182 0.071 0.474 0.214 0.105 0.050 0.185 0.098 0.054 0.035 0.069 0.041 0.028 0.022
+0.397 0.219 0.110 0.047 0.208 0.132 0.074 0.041 0.106 0.068 0.042 0.031 0.047 0.033 0.026 0.021
+0.203 0.138 0.077 0.037 0.129 0.090 0.054 0.032 0.075 0.051 0.033 0.026 0.039 0.028 0.022 0.019
+0.111 0.089 0.056 0.033 0.080 0.059 0.040 0.026 0.053 0.037 0.026 0.022 0.033 0.023 0.019 0.016
+0.068 0.061 0.043 0.027 0.057 0.044 0.032 0.022 0.039 0.028 0.021 0.019 0.029 0.020 0.017 0.015
+0.045 0.047 0.034 0.022 0.041 0.035 0.026 0.020 0.030 0.022 0.018 0.017 0.024 0.017 0.014 0.013
+0.036 0.034 0.028 0.020 0.030 0.026 0.021 0.019 0.025 0.018 0.016 0.016 0.019 0.014 0.012 0.012
+0.025 0.028 0.022 0.019 0.026 0.024 0.021 0.017 0.020 0.016 0.013 0.015 0.016 0.013 0.011 0.011
+"""
+
+
+def _dct(n: int) -> torch.Tensor:
+    """[n, n] float64 orthonormal DCT-II, one row per frequency."""
+    k = torch.arange(n, dtype=torch.float64)[:, None]
+    i = torch.arange(n, dtype=torch.float64)[None]
+    basis = torch.cos(math.pi * (2 * i + 1) * k / (2 * n)) * math.sqrt(2 / n)
+    basis[0] /= math.sqrt(2)
+    return basis
+
+
+class Codec(torch.nn.Module):
+    """Pixels [B, 1, F, h, w] in 0..1 <-> latent [B, 128, T, h/4, w/4] with F = 8 (T - 1) + 1.
+
+    The first latent frame holds one video frame, as if it had stood still for eight. A channel's spread is the
+    coefficient's own, relative to the strongest, to the power 0.4: strong channels stay the louder ones, but
+    weak ones are not lost in the noise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        time, space = _dct(FRAMES), _dct(BLOCK)
+        basis = torch.einsum("at,by,cx->abctyx", time, space, space).reshape(CHANNELS, CHANNELS)
+        spread = torch.tensor([float(s) for s in _SPREAD.split()], dtype=torch.float64)
+        gain = (spread / spread.max()) ** _POWER / spread
+        is_still = torch.arange(CHANNELS) < BLOCK * BLOCK
+        # Still channels carry the first frame, so they count as signal whatever their rank.
+        rank = torch.where(is_still, torch.inf, spread).argsort(descending=True)
+        signal = torch.zeros(CHANNELS)
+        signal[rank[:SIGNAL_CHANNELS]] = 1
+        self.register_buffer("analysis", (basis * gain[:, None]).float(), persistent=False)
+        self.register_buffer("synthesis", (basis / gain[:, None]).float(), persistent=False)
+        self.register_buffer("signal", signal.view(1, CHANNELS, 1, 1, 1), persistent=False)
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, 1, F, h, w] -> latent [B, 128, T, h/4, w/4]; frames beyond 8 (T - 1) + 1 are cut off."""
+        frames = (pixels.shape[2] - 1) // FRAMES * FRAMES + 1
+        pixels = pixels[:, 0, :frames].to(self.analysis.dtype) - MEAN
+        pixels = torch.cat([repeat(pixels[:, :1], "b 1 h w -> b t h w", t=FRAMES - 1), pixels], dim=1)
+        blocks = rearrange(pixels, "b (T t) (H y) (W x) -> b T H W (t y x)", t=FRAMES, y=BLOCK, x=BLOCK)
+        return rearrange(blocks @ self.analysis.T, "b T H W c -> b c T H W")
+
+    def decode_pixels(self, latent: torch.Tensor) -> torch.Tensor:
+        """Latent [B, 128, T, H, W] -> pixels [B, 1, 8 (T - 1) + 1, 4H, 4W], not clamped.
+
+        Of the first block its last frame is kept: so a piece of a latent decodes to exactly the frames that the
+        whole decodes to, which tiled decoding relies on.
+        """
+        blocks = rearrange(latent.to(self.synthesis.dtype), "b c T H W -> b T H W c") @ self.synthesis
+        pixels = rearrange(blocks, "b T H W (t y x) -> b (T t) (H y) (W x)", t=FRAMES, y=BLOCK, x=BLOCK)
+        return pixels[:, None, FRAMES - 1 :] + MEAN
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, F, 8h, 8w] in 0..1 -> latent [B, 128, T, h/4, w/4]; colours are averaged."""
+        grey = images.to(self.analysis.dtype).mean(dim=1, keepdim=True)
+        small = rearrange(grey, "b c f (h z) (w y) -> b c f h w (z y)", z=ZOOM, y=ZOOM).mean(dim=-1)
+        return self.encode_pixels(small)
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Latent [B, 128, T, H, W] -> images [B, 3, 8 (T - 1) + 1, 32H, 32W]; each pixel becomes 8 x 8."""
+        pixels = self.decode_pixels(latent)
+        return repeat(pixels, "b 1 f h w -> b c f (h z) (w y)", c=3, z=ZOOM, y=ZOOM)

@@ -1,0 +1,96 @@
+"""Builds the tiny model as ComfyUI's own LTXV model, and its captions as ComfyUI conditioning."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .captions import CAPTION_CHANNELS, CAPTION_TOKENS, caption_ids, embed_captions
+
+HERE = Path(__file__).resolve().parent
+WEIGHTS = HERE / "weights.safetensors"
+
+# What ComfyUI's LTXVModel is built with; written into the weights file, where ComfyUI's detection reads it.
+TRANSFORMER_CONFIG: dict[str, Any] = {
+    "num_layers": 8,
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 256,
+    "caption_channels": CAPTION_CHANNELS,
+    "in_channels": 128,
+    "causal_temporal_positioning": True,
+    "use_middle_indices_grid": True,
+}
+# The schedule shift the model was judged at; ComfyUI's LTXV takes its logarithm.
+SHIFT = 3.0
+
+Conditioning = list[list[Any]]
+
+
+def read_weights(path: Path = WEIGHTS) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """State dict and transformer config of a weights file."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The tiny model's weights are not there: expected {path.name} beside {Path(__file__).name}. "
+            "Train them with: python -m tiny_ltx.train (about 20 minutes on one GPU, see tiny_ltx/README.md)."
+        )
+    with safe_open(str(path), framework="pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = file.metadata() or {}
+    return state, json.loads(metadata["config"])["transformer"]
+
+
+def build_patcher(state: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
+    """A ModelPatcher around comfy.model_base.LTXV; float32 on the CPU, bfloat16 where the GPU has it."""
+    import comfy.model_management as mm
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    device = mm.get_torch_device()
+    is_cpu = mm.is_device_cpu(device)
+    dtype = torch.bfloat16 if not is_cpu and mm.should_use_bf16(device) else torch.float32
+    model_config = comfy.supported_models.LTXV({"image_model": "ltxv", **config})
+    model_config.sampling_settings = {"shift": math.log(SHIFT)}
+    model_config.unet_config["dtype"] = dtype
+    model_config.manual_cast_dtype = None
+    model = model_config.get_model(state, "", device=mm.unet_offload_device())
+    model.diffusion_model.load_state_dict({key: value.to(dtype) for key, value in state.items()})
+    model.eval().requires_grad_(False)
+    return comfy.model_patcher.ModelPatcher(
+        model, load_device=device, offload_device=mm.unet_offload_device()
+    )
+
+
+def load_model(weights: str | Path | None = None) -> Any:
+    """The trained model as a ComfyUI ModelPatcher (MODEL). Works in-process from ComfyUI 0.9.2 on."""
+    return build_patcher(*read_weights(Path(weights) if weights is not None else WEIGHTS))
+
+
+def load_vae() -> Any:
+    """The codec as a ComfyUI VAE: latent [B, 128, T, H, W] <-> images [8 (T - 1) + 1, 32H, 32W, 3] in 0..1."""
+    from .vae import CodecVAE
+
+    return CodecVAE()
+
+
+def _conditioning(context: torch.Tensor) -> Conditioning:
+    mask = torch.ones(1, CAPTION_TOKENS, dtype=torch.int64)
+    return [[context, {"pooled_output": None, "attention_mask": mask}]]
+
+
+def encode_caption(shape: str, direction: str, speed: str, second_shape: str = "none") -> Conditioning:
+    """CONDITIONING of one caption: context [1, 4, 32] and its attention mask [1, 4]."""
+    ids = torch.tensor([caption_ids(shape, direction, speed, second_shape)])
+    return _conditioning(embed_captions(ids))
+
+
+def encode_empty() -> Conditioning:
+    """CONDITIONING of the empty caption, the negative for classifier-free guidance."""
+    ids = torch.zeros(1, CAPTION_TOKENS, dtype=torch.int64)
+    return _conditioning(embed_captions(ids, empty=torch.ones(1, dtype=torch.bool)))

@@ -1,0 +1,66 @@
+"""The loader node of the tiny test model."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .captions import DIRECTIONS, SECOND_SHAPES, SHAPES, SPEEDS
+from .model import encode_caption, encode_empty, load_model, load_vae
+
+
+class ThriftTinyLTX(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ThriftTinyLTX",
+            display_name="Tiny LTX (test model)",
+            category="FrameThrift/test",
+            description=(
+                "A tiny test model of LTXV architecture (9 M parameters) that draws grey shapes moving over a "
+                "panning background. It shows in seconds, also on a CPU, what a technique does to a video model. "
+                "Use it at 256 x 256, 25 to 193 frames, 4 to 30 frames per second, with CFG 2."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "shape",
+                    options=list(SHAPES),
+                    default="ring",
+                    tooltip="The bright shape that moves through the clip.",
+                ),
+                io.Combo.Input(
+                    "direction",
+                    options=list(DIRECTIONS),
+                    default="horizontal",
+                    tooltip="The line the shapes move along; they bounce at the borders.",
+                ),
+                io.Combo.Input(
+                    "speed",
+                    options=list(SPEEDS),
+                    default="medium",
+                    tooltip="How fast the shapes move: about 20, 48 or 112 image pixels per second, "
+                    "whatever the frame rate.",
+                ),
+                io.Combo.Input(
+                    "second_shape",
+                    options=list(SECOND_SHAPES),
+                    default="none",
+                    tooltip="A dark shape that moves as well; none is the easier clip for the model.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative"),
+                io.Vae.Output(display_name="vae"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, shape: str, direction: str, speed: str, second_shape: str) -> io.NodeOutput:
+        positive = encode_caption(shape, direction, speed, second_shape)
+        return io.NodeOutput(load_model(), positive, encode_empty(), load_vae())
+
+
+class TinyLTXExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [ThriftTinyLTX]
