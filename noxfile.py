@@ -58,7 +58,8 @@ def project_of(requirement: str) -> str:
 
 
 def run(session: nox.Session, *command: str, **env: str) -> None:
-    session.run(str(PYTHON), *command, env=env, external=True)
+    # nox kills after 0.3 s by default, too early for a demo or test that has a server to stop.
+    session.run(str(PYTHON), *command, env=env, external=True, interrupt_timeout=10, terminate_timeout=10)
 
 
 @nox.session(python=False)

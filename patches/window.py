@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from .kernels.tokens import VideoTokens
-from .kernels.window import attend_window, visible_pairs, window_segments
+from .kernels.window import attend_window, visible_pairs
 from .layouts.layout import Role, Site
 from .technique import AttentionCall, Attend, Technique
 
@@ -58,5 +58,4 @@ class TemporalWindow(Technique):
         )
 
     def cost(self, tokens: VideoTokens, rows: range) -> float:
-        segments = window_segments(tokens, self.window, self.sink_frames)
-        return visible_pairs(segments, rows) / (len(rows) * tokens.total)
+        return visible_pairs(tokens, self.window, self.sink_frames, rows) / (len(rows) * tokens.total)

@@ -15,10 +15,6 @@ import torch
 
 from .tokens import VideoTokens
 
-# Copied keys, and copied values, hold at most so many times the rows of the originals. With two, a block of
-# LTX still needs more memory in its feed-forward (hidden layer and activation, four times its input each).
-INTERLEAVED_ROWS = 2
-
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
@@ -82,8 +78,10 @@ def window_segments(tokens: VideoTokens, window: int, sink_frames: int) -> tuple
     return tuple(s for s in segments if s.stop > s.start)
 
 
-def visible_pairs(segments: tuple[Segment, ...], rows: range) -> int:
+@lru_cache(maxsize=64)
+def visible_pairs(tokens: VideoTokens, window: int, sink_frames: int, rows: range) -> int:
     """Query-key pairs that are computed for the query tokens `rows`; dense attention has rows × N."""
+    segments = window_segments(tokens, window, sink_frames)
     return sum(max(0, min(s.stop, rows.stop) - max(s.start, rows.start)) * s.key_count for s in segments)
 
 
@@ -132,7 +130,7 @@ def attend_window(
     That needs all tokens as queries, no mask, and interior frames of equal size.
     """
     segments = window_segments(tokens, window, sink_frames)
-    interior = find_interior(segments, tokens, window)
+    interior = find_interior(tokens, window, sink_frames)
     if mask is not None or len(rows) != tokens.total or interior is None:
         return attend_segments(q_BNC, k_BNC, v_BNC, mask, rows, segments, attend)
     out = torch.empty_like(q_BNC)
@@ -147,11 +145,12 @@ def attend_window(
     return out
 
 
-def find_interior(segments: tuple[Segment, ...], tokens: VideoTokens, window: int) -> Interior | None:
+@lru_cache(maxsize=64)
+def find_interior(tokens: VideoTokens, window: int, sink_frames: int) -> Interior | None:
     """The longest run of one-frame segments of equal size whose window and shared keys do not touch, if any."""
     frame_at = {start: frame for frame, start in enumerate(tokens.offsets[:-1])}
     runs: list[Interior] = []
-    for segment in segments:
+    for segment in window_segments(tokens, window, sink_frames):
         frame = frame_at.get(segment.start)
         if frame is None or segment.stop != tokens.offsets[frame + 1] or frame - window < tokens.anchors:
             continue
@@ -183,7 +182,7 @@ def _attend_interior(
     Without shared keys the windows of consecutive frames are one strided view of K and V. With shared keys
     they are so too once the shared tokens are put in after every 2·window + 1 frames: any stretch of that
     period then holds each frame of one window once and the shared tokens once, and the order of keys does
-    not matter. The copies are made for so many frames at a time that they stay under `INTERLEAVED_ROWS`.
+    not matter. The copies are made for so many frames at a time that they are about as large as K and V.
     """
     size, window = interior.per_frame, interior.window
     near = (2 * window + 1) * size
@@ -192,9 +191,8 @@ def _attend_interior(
     first_key = interior.start - window * size
     chunk = interior.frames
     if shared:
-        periods = max(2, INTERLEAVED_ROWS * k_NC.shape[0] // period)
-        chunks = -(-interior.frames // ((periods - 1) * (2 * window + 1) + 1))
-        chunk = -(-interior.frames // chunks)
+        periods = max(2, k_NC.shape[0] // period)
+        chunk = min(chunk, (periods - 1) * (2 * window + 1) + 1)
     for begin in range(0, interior.frames, chunk):
         frames = min(chunk, interior.frames - begin)
         key_rows = slice(first_key + begin * size, first_key + (begin + frames + 2 * window) * size)
@@ -225,16 +223,11 @@ def window_batches(frames: int, period: int, interleaved: bool) -> list[tuple[in
 
 
 def interleave(x_NC: torch.Tensor, shared_SC: torch.Tensor, near: int) -> torch.Tensor:
-    """Put `shared_SC` behind every `near` rows of `x_NC`; an incomplete last stretch stays without."""
-    rows, width = x_NC.shape
-    shared = shared_SC.shape[0]
-    periods, rest = divmod(rows, near)
-    out = x_NC.new_empty(periods * (near + shared) + rest, width)
-    whole = out[: periods * (near + shared)].view(periods, near + shared, width)
-    whole[:, :near] = x_NC[: periods * near].view(periods, near, width)
-    whole[:, near:] = shared_SC
-    out[periods * (near + shared) :] = x_NC[periods * near :]
-    return out
+    """Put `shared_SC` behind every `near` rows of `x_NC`, also behind an incomplete last stretch."""
+    pieces = []
+    for piece in x_NC.split(near):
+        pieces += [piece, shared_SC]
+    return torch.cat(pieces)
 
 
 def take(x: torch.Tensor, ranges: tuple[tuple[int, int], ...], dim: int = 1) -> torch.Tensor:

@@ -1,0 +1,195 @@
+"""Runs begin and end clean: interrupts, errors, reruns, threads, other samplers around us."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import weakref
+
+import comfy.model_management
+import pytest
+import torch
+from tiny_models import FAMILIES, TEXT_TOKENS, build_model, noise_like, sample
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def is_untouched(model, pack):
+    """No shadowed forward, no run object, nothing of ours in the options but the plan."""
+    for module in model.model.diffusion_model.modules():
+        assert "forward" not in vars(module)
+    ours = [key for key in model.model_options["transformer_options"] if key.startswith("frame_thrift")]
+    assert ours == [pack("patches.mount").PLAN]
+    return True
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, RuntimeError])
+def test_interrupt_and_error_leave_nothing_behind(family, error, pack, windowed):
+    model = windowed(build_model(family))
+    expected = sample(model, family)
+
+    def stop(step, x0, x, total):
+        if step == 1:
+            raise error("stop")
+
+    with pytest.raises(error):
+        sample(model, family, callback=stop)
+    assert is_untouched(model, pack)
+    assert equal(sample(model, family), expected)
+    records = pack("patches.mount").journal_of(model).records()
+    assert [record["forwards"] for record in records] == [3, 2, 3]
+
+
+def test_error_inside_a_block(pack, windowed):
+    model = windowed(build_model())
+    broken = model.clone()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("inside")
+
+    broken.add_object_patch("diffusion_model.transformer_blocks.1.ff.forward", fail)
+    with pytest.raises(RuntimeError, match="inside"):
+        sample(broken)
+    for block in model.model.diffusion_model.transformer_blocks:
+        assert "forward" not in vars(block.attn1)
+    assert sample(model)
+
+
+def test_the_run_and_its_tensors_die_with_the_run(pack, windowed, monkeypatch):
+    mount = pack("patches.mount")
+    runs, tensors = [], []
+
+    class Watched(mount.Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            runs.append(weakref.ref(self))
+
+    read_layout = mount.read_layout
+
+    def watching(model, x, *args):
+        tensors.append(weakref.ref(x))
+        return read_layout(model, x, *args)
+
+    monkeypatch.setattr(mount, "Run", Watched)
+    monkeypatch.setattr(mount, "read_layout", watching)
+    sample(windowed(build_model()))
+    gc.collect()
+    assert runs and tensors
+    assert all(ref() is None for ref in runs + tensors)
+
+
+def test_a_model_is_called_without_a_sampler(windowed):
+    model = build_model()
+
+    def call(patcher):
+        options = {**patcher.model_options.get("transformer_options", {}), "wrappers": patcher.wrappers}
+        x = noise_like(shape=(9, 2, 2))
+        mask = torch.ones(1, TEXT_TOKENS, dtype=torch.long)
+        context = torch.randn(1, TEXT_TOKENS, 16, generator=torch.Generator().manual_seed(0))
+        return patcher.model.apply_model(
+            x, torch.ones(1), c_crossattn=context, transformer_options=options, attention_mask=mask, frame_rate=24.0
+        )
+
+    with torch.no_grad():
+        assert not torch.equal(call(windowed(model)), call(model))
+        assert torch.equal(call(windowed(model, window=4)), call(model))
+
+
+def test_threads_share_only_the_plan_and_the_journal(pack, windowed):
+    """As core's MultiGPU split does: deep clones of the module, one set of options, forwards at the same time."""
+    mount = pack("patches.mount")
+    one = windowed(build_model())
+    run = mount.Run(mount.plan_of(one), pack("patches.run").SigmaClock((1.0, 0.5, 0.0), lambda p: 1 - p))
+    modules = [one.model, build_model().model]
+    options = {
+        **one.model_options["transformer_options"],
+        "wrappers": one.wrappers,
+        mount.RUN: run,
+        "sigmas": torch.ones(1),
+    }
+    mask = torch.ones(1, TEXT_TOKENS, dtype=torch.long)
+    context = torch.randn(1, TEXT_TOKENS, 16, generator=torch.Generator().manual_seed(0))
+    inputs = [noise_like(seed=seed) for seed in range(2)]
+
+    def forward(index):
+        with torch.no_grad():
+            return modules[index].apply_model(
+                inputs[index], torch.ones(1), c_crossattn=context, transformer_options=dict(options),
+                attention_mask=mask, frame_rate=24.0,
+            )  # fmt: skip
+
+    expected = [forward(0), forward(1)]
+    results = {}
+
+    def work(index):
+        results[index] = [forward(index) for _ in range(6)]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for index in range(2):
+        assert all(torch.equal(out, expected[index]) for out in results[index])
+    assert run.record()["techniques"]["temporal window"]["taken"] == 3 * (2 + 12)
+    assert run.record()["forwards"] == 14
+
+
+def test_summary_line_and_record(windowed, pack, caplog):
+    model = windowed(build_model(), sink_frames=1, start_percent=0.4)
+    with caplog.at_level(logging.INFO):
+        sample(model, steps=4)
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("FrameThrift")]
+    assert len(lines) == 1
+    record = pack("patches.mount").journal_of(model).records()[-1]
+    entry = record["techniques"]["temporal window"]
+    first = entry["steps"][0] + 1
+    assert f"steps {first}–4 of 4; {entry['taken']} attention calls taken" in lines[0]
+    assert f"OUTSIDE_RANGE ×{entry['declined']['OUTSIDE_RANGE']}" in lines[0]
+    share = record["attention_share"]
+    assert f"{share:.0%} of dense" in lines[0] and 0 < share < 1
+    assert record["evaluations"] == record["forwards"] == 4
+
+
+def test_evaluations_that_another_cache_skips_show(windowed, pack):
+    model = windowed(build_model())
+
+    def skip(executor, x, timestep, *args, **kwargs):
+        return executor(x, timestep, *args, **kwargs) if timestep[0] > 0.9 else x * 0.5
+
+    model.add_wrapper_with_key("predict_noise", "somebody's cache", skip)
+    sample(model, steps=4)
+    record = pack("patches.mount").journal_of(model).records()[-1]
+    assert (record["evaluations"], record["forwards"]) == (4, 1)
+
+
+def test_a_range_without_steps_is_a_warning_that_names_what_would_work(windowed, caplog):
+    model = windowed(build_model(), start_percent=0.5, end_percent=0.6)
+    with caplog.at_level(logging.WARNING):
+        sample(model, steps=4)
+    texts = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "covers none of the 4 steps" in texts[0]
+    nearest = texts[0].split("nearest that does: ")[1].rstrip(".")
+    name, value = nearest.split(" ")
+    value = float(value.rstrip("."))
+    settings = {"start_percent": 0.5, "end_percent": 0.6, name: value}
+    again = windowed(build_model(), **settings)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        sample(again, steps=4)
+    assert not [r for r in caplog.records if "covers none" in r.getMessage()]
+
+
+def test_torch_compile_beside_us(windowed, last_run):
+    """Core's compile wrapper swaps the module inside our call; the window must act and give the same picture."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model = windowed(build_model(blocks=2))
+    plain = sample(model)
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    result = sample(compiled)
+    assert last_run(compiled)["taken"] == 6
+    assert all((x - y).abs().max() < 1e-3 * y.abs().max() for x, y in zip(result, plain, strict=True))

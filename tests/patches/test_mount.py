@@ -1,0 +1,127 @@
+"""The plan on a MODEL: replaced, removed, ordered, shared; the schedule clock and the settings' ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from tiny_models import build_model
+
+FULL = {"start_percent": 0.0, "end_percent": 1.0}
+
+
+@pytest.fixture
+def window(pack):
+    return lambda **settings: pack("patches.window").TemporalWindow(**{**FULL, **settings})
+
+
+@pytest.fixture
+def mounting(pack):
+    return pack("patches.mount")
+
+
+@pytest.fixture
+def other(pack):
+    """A second technique, as the next one will be."""
+    base = pack("patches.window").TemporalWindow
+
+    @dataclass(frozen=True)
+    class Other(base):
+        name: ClassVar[str] = "other"
+        stage: ClassVar[int] = 10
+
+    return Other(**FULL)
+
+
+def wrappers(model):
+    return {kind: len(keys.get("frame_thrift", [])) for kind, keys in model.wrappers.items()}
+
+
+def test_mounting_clones_and_leaves_the_model_alone(mounting, window):
+    model = build_model()
+    patched = mounting.mount(model, window())
+    assert patched is not model and patched.model is model.model
+    assert mounting.plan_of(model) == () and not any(wrappers(model).values())
+    assert mounting.plan_of(patched) == (window(),)
+
+
+def test_the_later_of_two_wins_and_wrappers_do_not_pile_up(mounting, window):
+    model = build_model()
+    for size in (1, 2, 3):
+        model = mounting.mount(model, window(window=size))
+    assert mounting.plan_of(model) == (window(window=3),)
+    assert set(wrappers(model).values()) == {1}
+
+
+def test_neutral_removes_and_otherwise_returns_the_same_model(mounting, window):
+    model, neutral = build_model(), window(start_percent=0.5, end_percent=0.5)
+    assert mounting.mount(model, neutral) is model
+    removed = mounting.mount(mounting.mount(model, window()), neutral)
+    assert mounting.plan_of(removed) == () and not any(wrappers(removed).values())
+
+
+def test_order_of_nodes_does_not_matter(mounting, window, other):
+    model = build_model()
+    one = mounting.mount(mounting.mount(model, window()), other)
+    two = mounting.mount(mounting.mount(model, other), window())
+    assert mounting.plan_of(one) == mounting.plan_of(two) == (other, window())
+    assert mounting.mount(one, window(start_percent=1.0)).model_options["transformer_options"][mounting.PLAN] == (other,)
+
+
+def test_plan_is_frozen_and_journal_is_shared_by_clones(mounting, window):
+    model = mounting.mount(build_model(), window())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        mounting.plan_of(model)[0].window = 5
+    assert mounting.journal_of(model.clone()) is mounting.journal_of(model)
+    assert mounting.plan_of(model.clone()) == mounting.plan_of(model)
+
+
+def test_journal_keeps_the_last_runs_and_hands_out_copies(pack):
+    journal = pack("patches.run").Journal(length=2)
+    for number in range(3):
+        journal.add({"run": [number]})
+    journal.records()[0]["run"].append("changed")
+    assert journal.records() == [{"run": [1]}, {"run": [2]}]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"window": 0}, {"window": 33}, {"sink_frames": -1}, {"sink_frames": 9}, {"dense_blocks": -1},
+        {"dense_blocks": 17}, {"start_percent": -0.1}, {"end_percent": 1.1},
+    ],
+)  # fmt: skip
+def test_nonsense_is_rejected_by_name(window, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        window(**bad)
+
+
+def test_clock(pack):
+    clock = pack("patches.run").SigmaClock((1.0, 0.9, 0.5, 0.1, 0.0), lambda percent: 1 - percent)
+    assert clock.steps == 4
+    assert [clock.step(s) for s in (1.0, 0.95, 0.9, 0.5, 0.3, 0.1, 0.05)] == [0, 0, 1, 2, 2, 3, 3]
+    assert clock.steps_within(0.0, 1.0) == [0, 1, 2, 3]
+    assert clock.steps_within(0.1, 0.5) == [1, 2]
+    assert clock.steps_within(0.2, 0.4) == []
+    assert clock.is_within(14.6, 0.0, 0.1), "percent 0 has no upper end"
+    assert clock.percent(0.5) == pytest.approx(0.5)
+    assert clock.nearest_range(0.2, 0.4) in ("start_percent 0.10", "end_percent 0.50")
+    assert clock.nearest_range(0.92, 0.95) == "start_percent 0.90"
+
+
+def test_the_node_form(pack):
+    schema = pack("nodes").ApplyTemporalWindow.define_schema()
+    assert schema.node_id == "ApplyTemporalWindow"
+    ranges = {i.id: (i.min, i.max, i.default) for i in schema.inputs if hasattr(i, "min")}
+    assert ranges == {
+        "window": (1, 32, 2),
+        "sink_frames": (0, 8, 1),
+        "start_percent": (0.0, 1.0, 0.0),
+        "end_percent": (0.0, 1.0, 1.0),
+        "dense_blocks": (0, 16, 0),
+    }
+    assert [i.id for i in schema.inputs] == ["model", *ranges]
+    assert all(i.tooltip for i in schema.inputs)
+    assert schema.inputs[-1].extra_dict == {"advanced": True}
