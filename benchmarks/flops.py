@@ -83,7 +83,12 @@ def main() -> None:
             }
         rows.append(row)
         print(f"{clip.name}: {total / 1e12:.1f} TFLOP", flush=True)
-    report = {"comfyui": comfyui_version, "torch": torch.__version__, "blocks_counted": BLOCKS_COUNTED, "rows": rows}
+    report = {
+        "comfyui": comfyui_version,
+        "torch": torch.__version__,
+        "blocks_counted": BLOCKS_COUNTED,
+        "rows": rows,
+    }
     (HERE / "flops.json").write_text(json.dumps(report, indent=1) + "\n")
     (HERE / "flops.md").write_text(table(rows))
     print(table(rows))

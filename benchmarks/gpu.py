@@ -102,7 +102,9 @@ def measure(model: Any, clip: ltx2.Clip, repeats: int) -> dict[str, Any]:
 def check_kernel() -> float:
     """Largest difference on this GPU between the fast path and the plain one, relative to the largest value."""
     window = importlib.import_module(f"{PACK}.patches.kernels.window")
-    tokens = importlib.import_module(f"{PACK}.patches.kernels.tokens").VideoTokens.grid(16, 22, 40, guides=880)
+    tokens = importlib.import_module(f"{PACK}.patches.kernels.tokens").VideoTokens.grid(
+        16, 22, 40, guides=880
+    )
     q, k, v = (torch.randn(2, tokens.total, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(3))
 
     def attend(q: Any, k: Any, v: Any, mask: Any) -> Any:
@@ -118,12 +120,18 @@ def check_kernel() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=HERE / "gpu.json")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--clips", type=int, default=len(ltx2.CLIPS), help="so many clips, most telling first")
+    parser.add_argument(
+        "--clips", type=int, default=len(ltx2.CLIPS), help="so many clips, most telling first"
+    )
     parser.add_argument("--only", nargs="+", help="settings by name besides dense, such as 'window 1 sink 0'")
-    parser.add_argument("--seconds", type=float, default=480, help="leave out what would start later than that")
+    parser.add_argument(
+        "--seconds", type=float, default=480, help="leave out what would start later than that"
+    )
     options = parser.parse_args()
     begin = time.monotonic()
 
@@ -151,7 +159,12 @@ def main() -> None:
                 report["left_out"].append(f"{clip.name}, {name}")
                 continue
             patched = model if setting is None else node.execute(model, **setting, **REST).args[0]
-            row = {"clip": clip.name, "grid": clip.grid, "setting": name, **measure(patched, clip, options.repeats)}
+            row = {
+                "clip": clip.name,
+                "grid": clip.grid,
+                "setting": name,
+                **measure(patched, clip, options.repeats),
+            }
             dense = row if setting is None else dense
             row["step_of_dense"] = row["step_ms"] / dense["step_ms"]
             row["attention_of_dense"] = row["attention_ms"] / dense["attention_ms"]

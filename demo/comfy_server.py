@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import shutil
@@ -47,6 +48,12 @@ class ExecutionFailed(RuntimeError):
 
 class ExecutionInterrupted(RuntimeError):
     """Somebody called /interrupt while the graph ran."""
+
+
+def _die_with_parent() -> None:
+    """In the child: be killed when the parent goes without a goodbye, say by SIGTERM to pytest."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 @dataclass
@@ -120,6 +127,7 @@ class ComfyServer:
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
         deadline = time.monotonic() + self.start_seconds
         while not self._answers():

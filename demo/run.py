@@ -74,7 +74,7 @@ def render(clips: list[Clip]) -> None:
     with ComfyServer(comfyui_tree.find_comfyui(), packs) as server:
         say(f"ComfyUI answers at {server.url}; warming up")
         # Loads the model and imports what samplers import, which is nobody's wall time.
-        server.queue(build_graph(frames=9, steps=1, name="warm-up"))
+        server.queue(build_graph(frames=FRAMES, size=SIZE, steps=1, name="warm-up"))
         for clip in clips:
             graph = build_graph(
                 clip.settings, frames=FRAMES, size=SIZE, frame_rate=FRAME_RATE, name=clip.name
@@ -183,14 +183,14 @@ def side_by_side(left: np.ndarray, right: np.ndarray, titles: tuple[str, str]) -
 def contact_sheet(
     left: np.ndarray, right: np.ndarray, titles: tuple[str, str], columns: int = 8
 ) -> Image.Image:
-    """Rows: first clip, second clip, their difference × 4; columns: frames spread over the clip."""
+    """Rows: first clip, second clip, their difference, 4 times; columns: frames spread over the clip."""
     which = np.linspace(0, len(left) - 1, columns).round().astype(int)
     difference = np.abs(left.astype(np.int16) - right.astype(np.int16))
     rows = [left, right, (difference * 4).clip(0, 255).astype(np.uint8)]
     cell, margin, bar = 160, 4, 20
     sheet = Image.new("RGB", (columns * (cell + margin) + margin, len(rows) * (cell + bar) + bar), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (frames, title) in enumerate(zip(rows, (*titles, "difference × 4"), strict=True)):
+    for row, (frames, title) in enumerate(zip(rows, (*titles, "difference, 4 times"), strict=True)):
         top = row * (cell + bar)
         draw.text((margin, top + 4), title, fill="black")
         for column, frame in enumerate(which):
@@ -218,11 +218,17 @@ def describe(clips: list[Clip], window_psnr: float) -> str:
         lines.append(f"| {clip.name} | {clip.seconds:.1f} s | {share} | {quality} |")
     lines.append("")
     lines.append(
-        f"{FRAMES} frames {SIZE}×{SIZE}, ComfyUI on the CPU, the tiny test model. At this size attention is a "
-        "small part of a step, so wall time says little. FLOPs are counted, not estimated (text attention "
-        "included); PSNR is of the saved videos."
+        f"{FRAMES} frames {SIZE}×{SIZE}, ComfyUI {comfyui_version()} on the CPU, the tiny test model. Wall time is one run "
+        "each, with everything around the sampler. FLOPs are counted, not estimated, and include attention to "
+        "the text; PSNR is of the saved videos."
     )
     return "\n".join(lines) + "\n"
+
+
+def comfyui_version() -> str:
+    from comfyui_version import __version__
+
+    return str(__version__)
 
 
 def say(message: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from .kernels.tokens import VideoTokens
 from .layouts.layout import Layout, Site, Unclear
 from .run import OUTSIDE_RANGE, Run
-from .technique import AttentionCall, Attend, Technique
+from .technique import Attend, AttentionCall, Technique
 
 OVERRIDE = "optimized_attention_override"
 PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -56,7 +56,9 @@ def bound_attention(forward: Forward) -> Iterator[None]:
 
 
 @torch.compiler.disable
-def _forward_module(forward: Forward, site: Site, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _forward_module(
+    forward: Forward, site: Site, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     options = kwargs.get("transformer_options") or {}
     override = partial(_override, forward, site, kwargs.get("mask"), options)
     return original(*args, **{**kwargs, "transformer_options": {**options, OVERRIDE: override}})
@@ -77,7 +79,9 @@ def _override(
     given["transformer_options"] = options
     backend = partial(options[OVERRIDE], func) if OVERRIDE in options else func
 
-    def innermost(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def innermost(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         rest = {name: value for name, value in given.items() if name not in ("q", "k", "v", "heads", "mask")}
         return backend(q, k, v, given["heads"], mask=mask, **rest)
 
@@ -110,7 +114,9 @@ def _attend(
     return technique.attend(replace(call, q=q, k=k, v=v, mask=mask), inner)
 
 
-def _read_call(forward: Forward, site: Site, module_mask: Any, given: Mapping[str, Any]) -> AttentionCall | Unclear:
+def _read_call(
+    forward: Forward, site: Site, module_mask: Any, given: Mapping[str, Any]
+) -> AttentionCall | Unclear:
     tokens = forward.tokens
     if isinstance(tokens, Unclear):
         return tokens

@@ -63,7 +63,9 @@ def _set_plan(model: Any, plan: tuple[Technique, ...]) -> None:
         model.set_attachments(JOURNAL, Journal())
 
 
-def _outer_sample(executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any) -> Any:
+def _outer_sample(
+    executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Run seam: owns the run from before the first step until after the last, however it ends."""
     guider = executor.class_obj
     options = guider.model_options["transformer_options"]
@@ -79,7 +81,9 @@ def _outer_sample(executor: Any, noise: Any, latent_image: Any, sampler: Any, si
         _close(run, guider.model_patcher)
 
 
-def _predict_noise(executor: Any, x: Any, timestep: Any, model_options: Any, *args: Any, **kwargs: Any) -> Any:
+def _predict_noise(
+    executor: Any, x: Any, timestep: Any, model_options: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Step seam: one evaluation by the sampler, whether or not the model is called for it."""
     run = model_options.get("transformer_options", {}).get(RUN)
     if run is not None:
@@ -102,13 +106,17 @@ def _apply_model(
     if PLAN not in options:
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
     # Somebody who calls the model without a sampler still gets what is mounted, only no closing line.
-    run: Run = options.get(RUN) or Run(options[PLAN], SigmaClock((), executor.class_obj.model_sampling.percent_to_sigma))
+    run: Run = options.get(RUN) or Run(
+        options[PLAN], SigmaClock((), executor.class_obj.model_sampling.percent_to_sigma)
+    )
     run.count_forward()
     layout = read_layout(executor.class_obj.diffusion_model, x, options, conds)
     if isinstance(layout, Unclear):
         run.count_call([(technique, layout.reason) for technique in run.plan], 0, 1)
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
-    with bound_attention(Forward(run, layout, layout.video_tokens(), float(options.get("sigmas", t).flatten()[0]))):
+    with bound_attention(
+        Forward(run, layout, layout.video_tokens(), float(options.get("sigmas", t).flatten()[0]))
+    ):
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
 

@@ -58,9 +58,13 @@ class SigmaClock:
         for sigma in self.sigmas[: self.steps]:
             percent = self.percent(sigma)
             if percent < start_percent:
-                candidates.append((start_percent - percent, f"start_percent {math.floor(percent * 100) / 100:.2f}"))
+                candidates.append(
+                    (start_percent - percent, f"start_percent {math.floor(percent * 100) / 100:.2f}")
+                )
             else:
-                candidates.append((percent - end_percent, f"end_percent {math.ceil(percent * 100) / 100:.2f}"))
+                candidates.append(
+                    (percent - end_percent, f"end_percent {math.ceil(percent * 100) / 100:.2f}")
+                )
         return min(candidates)[1] if candidates else "a schedule with steps"
 
 
@@ -96,7 +100,9 @@ class Run:
         with self._lock:
             self._forwards += 1
 
-    def count_call(self, outcomes: Iterable[tuple[Technique, str | None]], pairs: float, share: float) -> None:
+    def count_call(
+        self, outcomes: Iterable[tuple[Technique, str | None]], pairs: float, share: float
+    ) -> None:
         """One attention call: for each technique the reason why it declined or None, its pairs and the computed share."""
         with self._lock:
             for technique, reason in outcomes:
@@ -154,9 +160,13 @@ def summarise(record: dict[str, Any], suspects: Sequence[str] = ()) -> list[tupl
         total = sum(entry["declined"].values())
         if entry["taken"]:
             text = f"{head}{entry['taken']} attention calls taken, {total} declined{f' ({declined})' if declined else ''}"
-            lines.append((False, f"{text}; video self-attention work {record['attention_share']:.0%} of dense."))
+            lines.append(
+                (False, f"{text}; video self-attention work {record['attention_share']:.0%} of dense.")
+            )
         elif total:
-            lines.append((True, f"{head}no effect, all {total} calls declined ({declined}); the result is stock."))
+            lines.append(
+                (True, f"{head}no effect, all {total} calls declined ({declined}); the result is stock.")
+            )
         elif record["forwards"]:
             cause = f" Object patches that may be why: {', '.join(suspects)}." if suspects else ""
             lines.append((True, f"{head}no effect, its attention calls were never reached.{cause}"))

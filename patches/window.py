@@ -10,7 +10,7 @@ import torch
 from .kernels.tokens import VideoTokens
 from .kernels.window import attend_window, visible_pairs
 from .layouts.layout import Role, Site
-from .technique import AttentionCall, Attend, Technique
+from .technique import Attend, AttentionCall, Technique
 
 DENSE_BLOCK = "DENSE_BLOCK"
 GUIDE_QUERIES = "GUIDE_QUERIES"

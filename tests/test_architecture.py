@@ -15,7 +15,9 @@ ROOMS = {
     "patches.kernels": {"patches.kernels"},
     "latents": {"latents"},
 }
-FAMILY = re.compile(r"LTXV|LTXAV|lightricks|attn1|attn2|transformer_blocks|keyframe_idxs|denoise_mask|latent_shapes")
+FAMILY = re.compile(
+    r"LTXV|LTXAV|lightricks|attn1|attn2|transformer_blocks|keyframe_idxs|denoise_mask|latent_shapes"
+)
 
 
 def runtime_files(root):

@@ -22,8 +22,12 @@ def caption_ids(
     shape: str, direction: str, speed: str, second_shape: str = "none"
 ) -> tuple[int, int, int, int]:
     """Index of each word in its own list, in slot order (shape, second shape, direction, speed)."""
-    slots = (("shape", shape, SHAPES), ("second_shape", second_shape, SECOND_SHAPES))
-    slots += (("direction", direction, DIRECTIONS), ("speed", speed, SPEEDS))
+    slots: list[tuple[str, str, tuple[str, ...]]] = [
+        ("shape", shape, SHAPES),
+        ("second_shape", second_shape, SECOND_SHAPES),
+        ("direction", direction, DIRECTIONS),
+        ("speed", speed, SPEEDS),
+    ]
     for name, word, words in slots:
         if word not in words:
             raise ValueError(f"{name} must be one of {', '.join(words)}; got {word!r}.")

@@ -46,8 +46,12 @@ class Codec(torch.nn.Module):
 
     The first latent frame holds one video frame, as if it had stood still for eight. A channel's spread is the
     coefficient's own, relative to the strongest, to the power 0.4: strong channels stay the louder ones, but
-    weak ones are not lost in the noise.
+    weak ones are not lost in the noise. `signal` [1, 128, 1, 1, 1] is 1 for the channels that training keeps.
     """
+
+    analysis: torch.Tensor
+    synthesis: torch.Tensor
+    signal: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()

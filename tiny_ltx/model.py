@@ -37,8 +37,8 @@ def read_weights(path: Path = WEIGHTS) -> tuple[dict[str, torch.Tensor], dict[st
 
     if not path.is_file():
         raise FileNotFoundError(
-            f"The tiny model's weights are not there: expected {path.name} beside {Path(__file__).name}. "
-            "Train them with: python -m tiny_ltx.train (about 20 minutes on one GPU, see tiny_ltx/README.md)."
+            f"The tiny model's weights are not there: expected {path}. Train them with: "
+            "python -m tiny_ltx.train (a quarter of an hour on one GPU, see tiny_ltx/README.md)."
         )
     with safe_open(str(path), framework="pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}
@@ -69,7 +69,10 @@ def build_patcher(state: dict[str, torch.Tensor], config: dict[str, Any]) -> Any
 
 def load_model(weights: str | Path | None = None) -> Any:
     """The trained model as a ComfyUI ModelPatcher (MODEL). Works in-process from ComfyUI 0.9.2 on."""
-    return build_patcher(*read_weights(Path(weights) if weights is not None else WEIGHTS))
+    patcher = build_patcher(*read_weights(Path(weights) if weights is not None else WEIGHTS))
+    # From here ComfyUI's multi-GPU nodes load the copies they sample on.
+    patcher.cached_patcher_init = (load_model, (weights,))
+    return patcher
 
 
 def load_vae() -> Any:

@@ -1,6 +1,6 @@
 """Trains the tiny model, judges it with an independent probe, writes weights, report and contact sheets.
 
-python -m tiny_ltx.train                     # with ComfyUI on PYTHONPATH; about 20 minutes on one H100
+python -m tiny_ltx.train                     # with ComfyUI on PYTHONPATH; a quarter of an hour on one GPU
 python -m tiny_ltx.train --fps 20 30 --seed 1 --out variant
 """
 
@@ -353,7 +353,7 @@ def draw_sheet(model: Any, latent_frames: int, device: torch.device, seed: int) 
         pen.text((4, top + cell // 2 - 6), caption_text(caption), fill=0)
         for c, frame in enumerate(shown.tolist()):
             tile = Image.fromarray((clip[frame] * 255).round().byte().numpy()).resize(
-                (cell, cell), Image.NEAREST
+                (cell, cell), Image.Resampling.NEAREST
             )
             sheet.paste(tile, (label + c * (cell + 2), top))
     return sheet

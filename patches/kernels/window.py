@@ -209,7 +209,10 @@ def _attend_interior(
             which = slice(start, stop, step)
             count = len(range(start, stop, step))
             out_frames[which] = attend(
-                q_frames[which], _views(k, row, period, stride, count), _views(v, row, period, stride, count), None
+                q_frames[which],
+                _views(k, row, period, stride, count),
+                _views(v, row, period, stride, count),
+                None,
             )
 
 

@@ -50,7 +50,9 @@ class Layout:
         """The order of the video tokens in this forward."""
         raise NotImplementedError
 
-    def query_rows(self, q: torch.Tensor, mask: Any, module_mask: Any, tokens: VideoTokens) -> range | Unclear:
+    def query_rows(
+        self, q: torch.Tensor, mask: Any, module_mask: Any, tokens: VideoTokens
+    ) -> range | Unclear:
         """Which video tokens the rows of `q` [B, n, H·D] are.
 
         `mask` is the one given to the attention call, `module_mask` the one given to the module around it.

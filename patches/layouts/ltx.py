@@ -75,7 +75,9 @@ class LtxLayout(Layout):
         offsets = tuple(accumulate(per_frame_kept[:frames], initial=0))
         return VideoTokens(offsets, sum(per_frame_kept), self._anchors)
 
-    def query_rows(self, q: torch.Tensor, mask: Any, module_mask: Any, tokens: VideoTokens) -> range | Unclear:
+    def query_rows(
+        self, q: torch.Tensor, mask: Any, module_mask: Any, tokens: VideoTokens
+    ) -> range | Unclear:
         rows = q.shape[1]
         if rows == tokens.total:
             return range(rows)

@@ -152,7 +152,9 @@ def test_self_attention_that_never_reaches_comfyui_is_a_warning(windowed, last_r
     with caplog.at_level("INFO"):
         sample(ours)
     assert last_run(ours) == last_run(ours) | {"taken": 0, "declined": {}}
-    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "FrameThrift" in r.getMessage()]
+    warnings = [
+        r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "FrameThrift" in r.getMessage()
+    ]
     assert len(warnings) == 1 and "never reached" in warnings[0] and "attn1.forward" in warnings[0]
 
 
@@ -212,7 +214,9 @@ def test_context_windows(order, windowed, last_run):
     def override(func, q, k, v, heads, *args, **kwargs):
         sees = full if q.shape[1] == 28 else with_anchor
         anchors.append(q.shape[1] == 32)
-        reference = masked_model(model, sees).model_options["transformer_options"]["optimized_attention_override"]
+        reference = masked_model(model, sees).model_options["transformer_options"][
+            "optimized_attention_override"
+        ]
         return reference(func, q, k, v, heads, *args, **kwargs)
 
     reference = set_slot(masked_model(context_windows(model), full), override)

@@ -91,7 +91,12 @@ def test_a_model_is_called_without_a_sampler(windowed):
         mask = torch.ones(1, TEXT_TOKENS, dtype=torch.long)
         context = torch.randn(1, TEXT_TOKENS, 16, generator=torch.Generator().manual_seed(0))
         return patcher.model.apply_model(
-            x, torch.ones(1), c_crossattn=context, transformer_options=options, attention_mask=mask, frame_rate=24.0
+            x,
+            torch.ones(1),
+            c_crossattn=context,
+            transformer_options=options,
+            attention_mask=mask,
+            frame_rate=24.0,
         )
 
     with torch.no_grad():

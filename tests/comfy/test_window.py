@@ -63,7 +63,9 @@ def test_cfg_batched_and_split(family, windowed, monkeypatch):
     batched = sample(windowed(model), family)
     sizes = []
     apply_model = model.model.apply_model
-    monkeypatch.setattr(model.model, "apply_model", lambda x, *a, **k: (sizes.append(len(x)), apply_model(x, *a, **k))[1])
+    monkeypatch.setattr(
+        model.model, "apply_model", lambda x, *a, **k: (sizes.append(len(x)), apply_model(x, *a, **k))[1]
+    )
     sample(windowed(model), family)
     assert set(sizes) == {2}
     sizes.clear()
@@ -180,7 +182,8 @@ def test_guide_strength_masks_stay_in_force(windowed, last_run):
     assert declined == ({"GUIDE_QUERIES": 9} if splits else {})
     wide = windowed(model, window=4)
     assert equal(
-        sample(wide, noise=noise, noise_mask=mask, **conds), sample(model, noise=noise, noise_mask=mask, **conds)
+        sample(wide, noise=noise, noise_mask=mask, **conds),
+        sample(model, noise=noise, noise_mask=mask, **conds),
     )
 
 

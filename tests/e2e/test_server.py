@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import av
@@ -108,15 +109,19 @@ def test_out_of_range_value_is_rejected_by_name(
 
 
 def test_interrupt_leaves_a_healthy_server(server: Any, driver: Any, graphs: Any) -> None:
+    asked = []
+
     def stop(node: str, done: int, total: int) -> None:
-        if node == graphs.SAMPLER and done == 2:
+        if node == graphs.SAMPLER and done >= 2 and not asked:
+            asked.append(done)
             server.interrupt()
 
     before = latent_of(
         server, server.queue(keep_latent(graphs.build_graph(NARROW, seed=15, **SMALL), graphs))
     )
     with pytest.raises(driver.ExecutionInterrupted):
-        server.queue(graphs.build_graph(NARROW, seed=16, **{**SMALL, "steps": 400}), stop)
+        server.queue(graphs.build_graph(NARROW, seed=16, **{**SMALL, "steps": 200}), stop)
+    assert asked and asked[0] < 100
     # Another graph in between, so that the repetition is computed and not taken from the cache.
     server.queue(graphs.build_graph(None, seed=17, **SMALL))
     changed = graphs.build_graph({**NARROW, "sink_frames": 2}, seed=15, **SMALL)
@@ -162,3 +167,14 @@ def test_unknown_model_runs_unharmed_and_the_log_says_why(server: Any, new_log: 
     lines = [line for line in new_log().splitlines() if "FrameThrift:" in line]
     assert len(lines) == 1
     assert "declined" in lines[0] and "UNKNOWN_MODEL" in lines[0]
+
+
+def test_pack_that_does_not_import_is_said_plainly_and_leaves_no_server(
+    driver: Any, server: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "__init__.py").write_text("raise ValueError('broken on purpose')\n")
+    broken = driver.ComfyServer(server.tree, {"broken": tmp_path})
+    with pytest.raises(driver.ServerFailed, match="(?s)could not import a pack.*broken on purpose"):
+        broken.__enter__()
+    assert broken.process.poll() is not None
+    assert not broken.base.exists()

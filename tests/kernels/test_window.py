@@ -62,7 +62,9 @@ def test_equals_the_definition(pack, layout, window, sinks, batch):
     torch.testing.assert_close(plain, expected)
 
 
-@pytest.mark.parametrize(("frames", "window", "sinks"), [(40, 1, 1), (40, 1, 3), (26, 2, 1), (13, 4, 1), (61, 4, 2), (20, 1, 8)])
+@pytest.mark.parametrize(
+    ("frames", "window", "sinks"), [(40, 1, 1), (40, 1, 3), (26, 2, 1), (13, 4, 1), (61, 4, 2), (20, 1, 8)]
+)
 def test_long_clips_in_chunks_and_batches(kernel, Tokens, frames, window, sinks):
     tokens = Tokens.grid(frames, 1, 2, guides=1)
     q, k, v = tensors(tokens, batch=2)
@@ -128,7 +130,9 @@ def test_masks_and_query_slices(kernel, Tokens, rows, mask_rows):
     tokens = Tokens.grid(10, 1, 2, guides=2)
     q, k, v = tensors(tokens)
     generator = torch.Generator().manual_seed(5)
-    bias = torch.randn(1, 1, tokens.total if mask_rows == "all" else 1, tokens.total, generator=generator).double()
+    bias = torch.randn(
+        1, 1, tokens.total if mask_rows == "all" else 1, tokens.total, generator=generator
+    ).double()
     mask = bias[:, :, rows.start : rows.stop] if mask_rows == "all" else bias
     out = run(kernel, tokens, 1, 1, q, k, v, mask, rows)
     segments = kernel.window_segments(tokens, 1, 1)

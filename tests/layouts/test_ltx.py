@@ -66,7 +66,10 @@ def test_unclear_shapes(read):
         (torch.zeros(1, 1, 17), {}),
         (video(3, 2, 2), {"keyframe_idxs": torch.zeros(1, 3, 5, 2)}),
         (video(3, 2, 2), {"keyframe_idxs": torch.zeros(1, 3, 12, 2)}),
-        (video(3, 2, 2), {"keyframe_idxs": torch.zeros(1, 3, 4, 2), "denoise_mask": torch.ones(1, 1, 3, 1, 1)}),
+        (
+            video(3, 2, 2),
+            {"keyframe_idxs": torch.zeros(1, 3, 4, 2), "denoise_mask": torch.ones(1, 1, 3, 1, 1)},
+        ),
     ]:
         assert read(model(), x, {}, conds).video_tokens().reason == "UNCLEAR_SHAPE"
 
@@ -85,7 +88,9 @@ def test_anchor_of_a_context_window(read):
     for anchor, expected in [(None, 0), (-1, 0), (0, 1), (5, 1)]:
         options = {"context_window": SimpleNamespace(causal_anchor_index=anchor)}
         assert read(model(), video(4, 2, 2), options, {}).video_tokens().anchors == expected
-    assert read(model(), video(4, 2, 2), {"context_window": SimpleNamespace()}, {}).video_tokens().anchors == 0
+    assert (
+        read(model(), video(4, 2, 2), {"context_window": SimpleNamespace()}, {}).video_tokens().anchors == 0
+    )
 
 
 def test_query_slices_are_known_by_their_mask(read):
@@ -93,7 +98,10 @@ def test_query_slices_are_known_by_their_mask(read):
     tokens = layout.video_tokens()
     assert (tokens.offsets[-1], tokens.total) == (8, 16)
     whole = SimpleNamespace(
-        guide_start=8, tracked_count=5, noisy_mask=torch.zeros(1, 1, 1, 16), tracked_mask=torch.zeros(1, 1, 5, 16)
+        guide_start=8,
+        tracked_count=5,
+        noisy_mask=torch.zeros(1, 1, 1, 16),
+        tracked_mask=torch.zeros(1, 1, 5, 16),
     )
 
     def rows(count, mask):

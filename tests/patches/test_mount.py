@@ -67,7 +67,9 @@ def test_order_of_nodes_does_not_matter(mounting, window, other):
     one = mounting.mount(mounting.mount(model, window()), other)
     two = mounting.mount(mounting.mount(model, other), window())
     assert mounting.plan_of(one) == mounting.plan_of(two) == (other, window())
-    assert mounting.mount(one, window(start_percent=1.0)).model_options["transformer_options"][mounting.PLAN] == (other,)
+    assert mounting.mount(one, window(start_percent=1.0)).model_options["transformer_options"][
+        mounting.PLAN
+    ] == (other,)
 
 
 def test_plan_is_frozen_and_journal_is_shared_by_clones(mounting, window):

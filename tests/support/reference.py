@@ -10,7 +10,9 @@ import torch
 SLOT = "optimized_attention_override"
 
 
-def visible(frames: int, per_frame: int, window: int, sinks: int, guides: int = 0, anchors: int = 0) -> torch.Tensor:
+def visible(
+    frames: int, per_frame: int, window: int, sinks: int, guides: int = 0, anchors: int = 0
+) -> torch.Tensor:
     """[N, N] bool written down from the semantics, with no code of the pack."""
     clip = frames - anchors
     sees = torch.zeros(frames, frames, dtype=torch.bool)
@@ -26,14 +28,18 @@ def visible(frames: int, per_frame: int, window: int, sinks: int, guides: int = 
     return everything
 
 
-def masked_model(model: Any, sees: torch.Tensor, active: Callable[[float, int], bool] = lambda sigma, block: True) -> Any:
+def masked_model(
+    model: Any, sees: torch.Tensor, active: Callable[[float, int], bool] = lambda sigma, block: True
+) -> Any:
     """A clone whose video self-attention is masked by `sees` in float64, without any part of the pack.
 
     `active(sigma, block)` says where; query slices and masks already given are respected.
     """
     clone = model.clone()
 
-    def override(func: Any, q: Any, k: Any, v: Any, heads: int, mask: Any = None, **kwargs: Any) -> torch.Tensor:
+    def override(
+        func: Any, q: Any, k: Any, v: Any, heads: int, mask: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
         block = kwargs["transformer_options"].get("reference_block")
         sigma = float(kwargs["transformer_options"]["sigmas"][0])
         if block is None or not active(sigma, block):

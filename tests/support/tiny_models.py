@@ -18,7 +18,11 @@ FAMILIES = ("ltxv", "ltxav")
 
 
 def build_model(
-    family: str = "ltxv", blocks: int = 3, head_width: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0
+    family: str = "ltxv",
+    blocks: int = 3,
+    head_width: int = 64,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Any:
     """A ModelPatcher on the CPU around the real model class, two heads wide."""
     heads, width = 2, 2 * head_width
@@ -64,7 +68,9 @@ def conditioning(family: str = "ltxv", seed: int = 1, batch: int = 1, **values: 
     return [[text, {**mask, "frame_rate": 24.0, **values}]]
 
 
-def noise_like(family: str = "ltxv", shape: tuple[int, ...] = (9, 2, 3), batch: int = 1, seed: int = 2) -> Any:
+def noise_like(
+    family: str = "ltxv", shape: tuple[int, ...] = (9, 2, 3), batch: int = 1, seed: int = 2
+) -> Any:
     """Video noise [B,128,T,h,w], for LTXAV nested with audio of T frames, so that lengths coincide."""
     generator = torch.Generator().manual_seed(seed)
     video = torch.randn(batch, 128, *shape, generator=generator)
