@@ -1,11 +1,12 @@
 """Times windows against dense attention at LTX-2 size on one GPU.
 
-    python benchmarks/gpu.py [--out FILE] [--repeats 3] [--clips 2] [--only NAME ...] [--seconds 480]
+    python benchmarks/gpu.py [--out FILE] [--repeats 3] [--clips 2] [--only NAME ...] [--seconds 480] [--table]
 
 LTXAVModel with 48 blocks and random bf16 weights (40 GB), sampled through ComfyUI with the node applied.
 Per setting and clip: time of a step, time inside video self-attention (CUDA events around ComfyUI's
 attention function), peak memory. Rows that no longer fit into `--seconds` are left out and named. Rows of
-the output file that were measured on the same GPU, PyTorch and ComfyUI and not again are kept.
+the output file that were measured on the same kind of GPU, PyTorch and ComfyUI and not again are kept; each
+row holds the dense times of its own process.
 """
 
 from __future__ import annotations
@@ -132,7 +133,13 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=480, help="leave out what would start later than that"
     )
+    parser.add_argument(
+        "--table", action="store_true", help="only write the table of the rows that are there"
+    )
     options = parser.parse_args()
+    if options.table:
+        options.out.with_suffix(".md").write_text(table(json.loads(options.out.read_text())))
+        return
     begin = time.monotonic()
 
     node = importlib.import_module(f"{PACK}.nodes").ApplyTemporalWindow
@@ -152,7 +159,7 @@ def main() -> None:
         clip = ltx2.CLIPS[index]
         dense: dict[str, Any] = {}
         for setting in SETTINGS:
-            name = "dense" if setting is None else f"window {setting['window']} sink {setting['sink_frames']}"
+            name = name_of(setting)
             if options.only and setting is not None and name not in options.only:
                 continue
             if time.monotonic() - begin > options.seconds:
@@ -166,6 +173,7 @@ def main() -> None:
                 **measure(patched, clip, options.repeats),
             }
             dense = row if setting is None else dense
+            row["dense_step_ms"], row["dense_attention_ms"] = dense["step_ms"], dense["attention_ms"]
             row["step_of_dense"] = row["step_ms"] / dense["step_ms"]
             row["attention_of_dense"] = row["attention_ms"] / dense["attention_ms"]
             if setting is not None:
@@ -177,6 +185,10 @@ def main() -> None:
             options.out.write_text(json.dumps(report, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(table(report))
     print(table(report))
+
+
+def name_of(setting: dict[str, int] | None) -> str:
+    return "dense" if setting is None else f"window {setting['window']} sink {setting['sink_frames']}"
 
 
 def kept_rows(path: Path, report: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -200,20 +212,31 @@ def in_order(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown, one row per clip and setting."""
-    lines = [
-        "| clip | T×tokens | setting | step ms | of dense | attention ms | of dense | ÷ (2·window+1)/T | peak GiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        frames, height, width = row["grid"]
-        over = f"{row['attention_over_key_share']:.2f}" if "attention_over_key_share" in row else ""
-        lines.append(
-            f"| {row['clip']} | {frames}×{height * width} | {row['setting']} | {row['step_ms']:.0f} "
-            f"| {row['step_of_dense']:.0%} | {row['attention_ms']:.1f} | {row['attention_of_dense']:.1%} | {over} "
-            f"| {row['peak_gib_above_weights']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    """Markdown, one row per clip: times as shares of dense, and attention time over the share of keys seen."""
+    rows = {(row["clip"], row["setting"]): row for row in report["rows"]}
+    names = [name_of(setting) for setting in SETTINGS[1:]]
+    heads = [f"±{setting['window']}, {setting['sink_frames']} sink" for setting in SETTINGS[1:]]
+    shares = ["| clip | T×tokens | dense step | " + " | ".join(heads) + " |", "|---" * (3 + len(names)) + "|"]
+    over = ["| clip | T×tokens | " + " | ".join(heads) + " |", "|---" * (2 + len(names)) + "|"]
+    for clip in ltx2.CLIPS:
+        if (clip.name, "dense") not in rows:
+            continue
+        frames, height, width = clip.grid
+        head = f"| {clip.name} | {frames}×{height * width} "
+        done = [rows.get((clip.name, name)) for name in names]
+        cells = [
+            f"{row['step_of_dense']:.0%} ({row['attention_of_dense']:.0%})" if row else "" for row in done
+        ]
+        shares.append(head + f"| {rows[clip.name, 'dense']['step_ms']:.0f} ms | " + " | ".join(cells) + " |")
+        cells = [f"{row['attention_over_key_share']:.2f}" if row else "" for row in done]
+        over.append(head + "| " + " | ".join(cells) + " |")
+    return (
+        "Time of a step, and of its video self-attention in brackets, as a share of dense:\n\n"
+        + "\n".join(shares)
+        + "\n\nAttention time as a share of dense, divided by (2·window+1)/T:\n\n"
+        + "\n".join(over)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":
