@@ -21,7 +21,9 @@ def test_gpu_table_matches_its_json(pack):
     ratios = {f"{row['attention_over_key_share']:.2f}" for row in rows if row["setting"] != "dense"}
     assert set(re.findall(r"\b\d\.\d\d\b", text)) == ratios
     dense = {row["clip"]: row["peak_gib_above_weights"] for row in rows if row["setting"] == "dense"}
-    assert all(row["peak_gib_above_weights"] <= dense[row["clip"]] + 1e-3 for row in rows), "README: peak memory"
+    assert all(row["peak_gib_above_weights"] <= dense[row["clip"]] + 1e-3 for row in rows), (
+        "README: peak memory"
+    )
 
 
 def test_flop_table_matches_its_json(pack):

@@ -124,7 +124,7 @@ def test_dropped_tokens_make_ragged_frames(kernel, Tokens):
     torch.testing.assert_close(run(kernel, tokens, 2, 1, q, k, v), expected)
 
 
-@pytest.mark.parametrize("mask_rows", ["one", "all"])
+@pytest.mark.parametrize("mask_rows", ["none", "one", "all"])
 @pytest.mark.parametrize("rows", [range(22), range(20), range(4, 13), range(20, 22)])
 def test_masks_and_query_slices(kernel, Tokens, rows, mask_rows):
     tokens = Tokens.grid(10, 1, 2, guides=2)
@@ -133,7 +133,9 @@ def test_masks_and_query_slices(kernel, Tokens, rows, mask_rows):
     bias = torch.randn(
         1, 1, tokens.total if mask_rows == "all" else 1, tokens.total, generator=generator
     ).double()
-    mask = bias[:, :, rows.start : rows.stop] if mask_rows == "all" else bias
+    if mask_rows == "none":
+        bias = torch.zeros_like(bias)
+    mask = {"none": None, "one": bias, "all": bias[:, :, rows.start : rows.stop]}[mask_rows]
     out = run(kernel, tokens, 1, 1, q, k, v, mask, rows)
     segments = kernel.window_segments(tokens, 1, 1)
     visible = torch.full((tokens.total, tokens.total), -torch.inf, dtype=torch.float64)
