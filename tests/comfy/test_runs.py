@@ -170,6 +170,20 @@ def test_evaluations_that_another_cache_skips_show(windowed, pack):
     assert (record["evaluations"], record["forwards"]) == (4, 1)
 
 
+def test_split_sigmas_keep_their_place_in_the_schedule(windowed, pack):
+    """As SplitSigmas and two-stage graphs do: one MODEL, each run with its own piece of the schedule."""
+    model = windowed(build_model(), start_percent=0.4)
+    sigmas = torch.linspace(1, 0, 7)
+    for piece in (sigmas, sigmas[:4], sigmas[3:]):
+        sample(model, sigmas=piece)
+    whole, first, second = (
+        record["techniques"]["temporal window"]
+        for record in pack("patches.mount").journal_of(model).records()
+    )
+    assert first["steps"] and len(first["steps"]) + len(second["steps"]) == len(whole["steps"])
+    assert first["taken"] + second["taken"] == whole["taken"]
+
+
 def test_a_range_without_steps_is_a_warning_that_names_what_would_work(windowed, caplog):
     model = windowed(build_model(), start_percent=0.5, end_percent=0.6)
     with caplog.at_level(logging.WARNING):
