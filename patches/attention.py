@@ -59,7 +59,9 @@ def bound_attention(forward: Forward) -> Iterator[None]:
 def _forward_module(
     forward: Forward, site: Site, original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    options = kwargs.get("transformer_options") or {}
+    options = kwargs.get("transformer_options")
+    if options is None:
+        return original(*args, **kwargs)
     override = partial(_override, forward, site, kwargs.get("mask"), options)
     return original(*args, **{**kwargs, "transformer_options": {**options, OVERRIDE: override}})
 

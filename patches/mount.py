@@ -29,7 +29,7 @@ def mount(model: Any, technique: Technique) -> Any:
     plan = plan_of(model)
     rest = [entry for entry in plan if entry.name != technique.name]
     if technique.is_neutral:
-        logger.info("FrameThrift: %s (%s) is neutral and not mounted.", technique.name, technique.describe())
+        logger.warning("FrameThrift: %s is not mounted: %s.", technique.name, technique.neutral_because)
         if len(rest) == len(plan):
             return model
     else:

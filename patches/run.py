@@ -26,11 +26,6 @@ class SigmaClock:
     def steps(self) -> int:
         return max(len(self.sigmas) - 1, 0)
 
-    def step(self, sigma: float) -> int:
-        """The step, from 0, whose interval [sigma_i, sigma_i+1) holds `sigma`."""
-        reached = sum(s >= sigma * (1 - 1e-5) for s in self.sigmas[: self.steps])
-        return max(reached - 1, 0)
-
     def is_within(self, sigma: float, start_percent: float, end_percent: float) -> bool:
         """Whether `sigma` lies in a part of the schedule given in ComfyUI's percent."""
         high = math.inf if start_percent <= 0 else self.percent_to_sigma(start_percent)

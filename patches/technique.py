@@ -50,6 +50,11 @@ class Technique(ABC):
         """Whether these settings ask for nothing, so that the entry is removed from the plan."""
         return self.start_percent >= self.end_percent
 
+    @property
+    def neutral_because(self) -> str:
+        """What makes these settings neutral, for the log."""
+        return f"start_percent {self.start_percent:g} is not below end_percent {self.end_percent:g}"
+
     @abstractmethod
     def describe(self) -> str:
         """The settings in a few words, for the log."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -39,17 +40,18 @@ class Unclear:
     reason: str
 
 
-class Layout:
+class Layout(ABC):
     """One model family's reading of one forward. Subclasses live beside this file."""
 
+    @abstractmethod
     def sites(self) -> Iterator[tuple[torch.nn.Module, Site]]:
         """Every attention module of the model with its place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def video_tokens(self) -> VideoTokens | Unclear:
         """The order of the video tokens in this forward."""
-        raise NotImplementedError
 
+    @abstractmethod
     def query_rows(
         self, q: torch.Tensor, mask: Any, module_mask: Any, tokens: VideoTokens
     ) -> range | Unclear:
@@ -57,4 +59,3 @@ class Layout:
 
         `mask` is the one given to the attention call, `module_mask` the one given to the module around it.
         """
-        raise NotImplementedError

@@ -28,7 +28,7 @@ UNCLEAR_QUERY = "UNCLEAR_QUERY"
 
 
 def read(
-    model: torch.nn.Module, x: torch.Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]
+    model: Any, x: torch.Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]
 ) -> LtxLayout | None:
     """The layout of this forward if `model` is of the LTX family, else None."""
     if not any(base.__name__ in CLASS_NAMES for base in type(model).__mro__):
@@ -37,9 +37,7 @@ def read(
 
 
 class LtxLayout(Layout):
-    def __init__(
-        self, model: torch.nn.Module, x: torch.Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]
-    ):
+    def __init__(self, model: Any, x: torch.Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]):
         self._model = model
         self._shape = _video_shape(x, conds.get("latent_shapes"))
         self._keyframe_idxs = conds.get("keyframe_idxs")
@@ -48,7 +46,7 @@ class LtxLayout(Layout):
         self._anchors = int(anchor is not None and anchor >= 0)
 
     def sites(self) -> Iterator[tuple[torch.nn.Module, Site]]:
-        blocks = list(self._model.transformer_blocks)  # type: ignore[arg-type]  # a ModuleList
+        blocks = list(self._model.transformer_blocks)
         for index, block in enumerate(blocks):
             for name, role in ROLES.items():
                 module = getattr(block, name, None)
@@ -102,4 +100,4 @@ def _video_shape(x: torch.Tensor, latent_shapes: Any) -> tuple[int, int, int] | 
         if sum(items) != math.prod(shape[1:]):
             return None
         shape = tuple(latent_shapes[0])
-    return tuple(shape[2:]) if len(shape) == 5 else None  # type: ignore[return-value]  # three left of five
+    return (shape[2], shape[3], shape[4]) if len(shape) == 5 else None

@@ -158,6 +158,21 @@ def test_self_attention_that_never_reaches_comfyui_is_a_warning(windowed, last_r
     assert len(warnings) == 1 and "never reached" in warnings[0] and "attn1.forward" in warnings[0]
 
 
+def test_a_block_of_another_pack_that_hands_options_over_by_position(windowed, last_run, caplog):
+    model = build_model()
+    for index, block in enumerate(model.model.diffusion_model.transformer_blocks):
+
+        def own(x, attn1=block.attn1, **kwargs):
+            return x + attn1(x, None, None, kwargs["pe"], None, kwargs["transformer_options"])
+
+        model.add_object_patch(f"diffusion_model.transformer_blocks.{index}.forward", own)
+    ours = windowed(model)
+    with caplog.at_level("WARNING"):
+        assert equal(sample(ours), sample(model))
+    assert any("never reached" in r.getMessage() for r in caplog.records)
+    assert last_run(ours)["taken"] == 0
+
+
 def test_clones_and_lora(windowed, last_run):
     model = build_model()
     weight = "diffusion_model.transformer_blocks.1.attn1.to_v.weight"

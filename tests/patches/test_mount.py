@@ -55,9 +55,10 @@ def test_the_later_of_two_wins_and_wrappers_do_not_pile_up(mounting, window):
     assert set(wrappers(model).values()) == {1}
 
 
-def test_neutral_removes_and_otherwise_returns_the_same_model(mounting, window):
+def test_neutral_removes_and_otherwise_returns_the_same_model(mounting, window, caplog):
     model, neutral = build_model(), window(start_percent=0.5, end_percent=0.5)
     assert mounting.mount(model, neutral) is model
+    assert "is not mounted: start_percent 0.5 is not below end_percent 0.5" in caplog.text
     removed = mounting.mount(mounting.mount(model, window()), neutral)
     assert mounting.plan_of(removed) == () and not any(wrappers(removed).values())
 
@@ -103,7 +104,6 @@ def test_nonsense_is_rejected_by_name(window, bad):
 def test_clock(pack):
     clock = pack("patches.run").SigmaClock((1.0, 0.9, 0.5, 0.1, 0.0), lambda percent: 1 - percent)
     assert clock.steps == 4
-    assert [clock.step(s) for s in (1.0, 0.95, 0.9, 0.5, 0.3, 0.1, 0.05)] == [0, 0, 1, 2, 2, 3, 3]
     assert clock.steps_within(0.0, 1.0) == [0, 1, 2, 3]
     assert clock.steps_within(0.1, 0.5) == [1, 2]
     assert clock.steps_within(0.2, 0.4) == []
