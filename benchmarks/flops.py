@@ -17,24 +17,21 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import comfyui_tree  # noqa: E402  # found through the line above
+import comfyui_tree
 
 comfyui_tree.use_comfyui()
 
-import comfy.cli_args  # noqa: E402
+import comfy.cli_args
 
 # The default backend of a CPU slices its work by free memory, which the meta device does not have.
 comfy.cli_args.args.use_pytorch_cross_attention = True
 
 PACK = comfyui_tree.load_pack().__name__
 
-import torch  # noqa: E402
-from comfyui_version import __version__ as comfyui_version  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-sys.path.insert(0, str(HERE))
-
-import ltx2  # noqa: E402
+import ltx2
+import torch
+from comfyui_version import __version__ as comfyui_version
+from torch.utils.flop_counter import FlopCounterMode
 
 WINDOWS = [(window, sink) for window in (1, 2, 4) for sink in (0, 1)]
 BLOCKS_COUNTED = 2

@@ -25,19 +25,16 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import comfyui_tree  # noqa: E402  # found through the line above
+import comfyui_tree
 
 comfyui_tree.use_comfyui()
 PACK = comfyui_tree.load_pack().__name__
 
-import comfy.ldm.modules.attention as comfy_attention  # noqa: E402
-import torch  # noqa: E402
-from comfy.patcher_extension import WrappersMP  # noqa: E402
-from comfyui_version import __version__ as comfyui_version  # noqa: E402
-
-sys.path.insert(0, str(HERE))
-
-import ltx2  # noqa: E402
+import comfy.ldm.modules.attention as comfy_attention
+import ltx2
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfyui_version import __version__ as comfyui_version
 
 SETTINGS = [None] + [{"window": window, "sink_frames": sink} for sink in (0, 1) for window in (1, 2, 4)]
 ORDER = (1, 3, 0, 2, 4)

@@ -31,7 +31,7 @@ SETTINGS = {
 }
 
 sys.path.insert(0, str(REPO))
-import comfyui_tree  # noqa: E402
+import comfyui_tree
 
 
 @dataclass

@@ -7,16 +7,8 @@ import comfy.lora
 import comfy.samplers
 import pytest
 import torch
-from reference import masked_model, set_slot, visible
-from tiny_models import FAMILIES, build_model, conditioning, noise_like, sample, zeros_like
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def close(a, b, tolerance=1e-3):
-    return all((x - y).abs().max() < tolerance * y.abs().max() for x, y in zip(a, b, strict=True))
+from reference import close, equal, masked_model, set_slot, visible
+from tiny_models import FAMILIES, build_model, noise_like, sample, sample_with
 
 
 class Backend:
@@ -69,19 +61,8 @@ def test_block_slots_overwritten_when_the_guider_is_built(family, windowed, last
                 clone.set_model_patch_replace(own_block, "dit", "double_block", index)
             super().__init__(clone)
 
-    def run(patcher, kind):
-        guider = kind(patcher)
-        guider.set_conds(conditioning(family), conditioning(family, seed=7))
-        guider.set_cfg(2.0)
-        noise = noise_like(family)
-        sampler = comfy.samplers.sampler_object("euler")
-        out = guider.sample(
-            noise, zeros_like(noise), sampler, torch.linspace(1, 0, 4), disable_pbar=True, seed=3
-        )
-        return list(out.unbind()) if out.is_nested else [out]
-
     ours = windowed(model)
-    assert equal(run(ours, Guider), run(ours, comfy.samplers.CFGGuider))
+    assert equal(sample_with(Guider(ours), family), sample_with(comfy.samplers.CFGGuider(ours), family))
     assert seen and last_run(ours)["taken"] == 9
 
 
@@ -100,18 +81,9 @@ def test_one_cond_evaluated_twice_a_step_with_other_options(family, windowed, la
             perturbed = calc(self.inner_model, conds, x, timestep, options)[0]
             return plain + 0.5 * (plain - perturbed)
 
-    def run(patcher):
-        guider = Perturbed(patcher)
-        guider.set_conds(conditioning(family), conditioning(family, seed=7))
-        noise = noise_like(family)
-        sampler = comfy.samplers.sampler_object("euler")
-        out = guider.sample(
-            noise, zeros_like(noise), sampler, torch.linspace(1, 0, 4), disable_pbar=True, seed=3
-        )
-        return list(out.unbind()) if out.is_nested else [out]
-
     ours = windowed(model)
-    assert close(run(ours), run(masked_model(model, visible(9, 6, 1, 0))))
+    reference = masked_model(model, visible(9, 6, 1, 0))
+    assert close(sample_with(Perturbed(ours), family), sample_with(Perturbed(reference), family))
     assert last_run(ours)["taken"] == 2 * 9
 
 

@@ -10,11 +10,8 @@ import comfy.model_patcher
 import comfy.supported_models
 import pytest
 import torch
+from reference import equal
 from tiny_models import build_model, conditioning, noise_like, sample
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def replace_self_attention(patcher, make):

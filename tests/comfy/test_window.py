@@ -6,19 +6,11 @@ import comfy.samplers
 import pytest
 import tiny_models
 import torch
-from reference import masked_model, visible
-from tiny_models import FAMILIES, build_model, conditioning, noise_like, sample, zeros_like
+from reference import close, equal, masked_model, visible
+from tiny_models import FAMILIES, build_model, conditioning, noise_like, sample, sample_with, zeros_like
 from torch.utils.flop_counter import FlopCounterMode
 
 GRIDS = [(9, 2, 3), (7, 3, 5)]
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def close(a, b, tolerance=1e-3):
-    return all((x - y).abs().max() < tolerance * y.abs().max() for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,12 +111,7 @@ def test_guiders_and_ksampler(family, windowed):
     reference = masked_model(model, visible(9, 6, 1, 0))
 
     def guided(patcher):
-        guider = comfy.samplers.CFGGuider(patcher)
-        guider.set_conds(conditioning(family), conditioning(family, seed=7))
-        guider.set_cfg(2.0)
-        sigmas, sampler = torch.linspace(1, 0, 4), comfy.samplers.sampler_object("euler")
-        out = guider.sample(noise, zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=3)
-        return list(out.unbind()) if out.is_nested else [out]
+        return sample_with(comfy.samplers.CFGGuider(patcher), family)
 
     def ksampled(patcher):
         out = tiny_models.comfy.sample.sample(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 SLOT = "optimized_attention_override"
+
+
+def equal(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+    """Whether two samples agree bit for bit."""
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def close(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], tolerance: float = 1e-3) -> bool:
+    """Whether two samples agree up to a share of the largest value."""
+    return all((x - y).abs().max() < tolerance * y.abs().max() for x, y in zip(a, b, strict=True))
 
 
 def visible(

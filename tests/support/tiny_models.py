@@ -118,3 +118,12 @@ def sample(
         **options,
     )
     return list(out.unbind()) if out.is_nested else [out]
+
+
+def sample_with(guider: Any, family: str, cfg: float = 2.0) -> list[torch.Tensor]:
+    """Three Euler steps with a guider, as SamplerCustomAdvanced takes them. Returns [video] or [video, audio]."""
+    guider.set_conds(conditioning(family), conditioning(family, seed=7))
+    guider.set_cfg(cfg)
+    noise, sampler = noise_like(family), comfy.samplers.sampler_object("euler")
+    out = guider.sample(noise, zeros_like(noise), sampler, torch.linspace(1, 0, 4), disable_pbar=True, seed=3)
+    return list(out.unbind()) if out.is_nested else [out]
