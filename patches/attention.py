@@ -20,6 +20,7 @@ PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", 
 
 TOKEN_COUNT = "TOKEN_COUNT"
 SPLIT_HEADS = "SPLIT_HEADS"
+NO_OPTIONS = "NO_OPTIONS"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def _forward_module(
 ) -> Any:
     options = kwargs.get("transformer_options")
     if options is None:
+        techniques = [technique for technique in forward.run.plan if technique.role is site.role]
+        forward.run.count_call([(technique, NO_OPTIONS) for technique in techniques], 0, 1)
         return original(*args, **kwargs)
     override = partial(_override, forward, site, kwargs.get("mask"), options)
     return original(*args, **{**kwargs, "transformer_options": {**options, OVERRIDE: override}})

@@ -68,17 +68,26 @@ def _outer_sample(
 ) -> Any:
     """Run seam: owns the run from before the first step until after the last, however it ends."""
     guider = executor.class_obj
-    options = guider.model_options["transformer_options"]
+    options = guider.model_options.setdefault("transformer_options", {})
+    if PLAN not in options:
+        logger.warning(
+            "FrameThrift: another node replaced the model's transformer_options, and what was mounted with "
+            "them; the result is stock. Put the FrameThrift nodes after that node."
+        )
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     sampling = guider.model_patcher.get_model_object("model_sampling")
     run = Run(options[PLAN], SigmaClock(tuple(float(s) for s in sigmas), sampling.percent_to_sigma))
     for warning in run.warn_before():
         logger.warning(warning)
     options[RUN] = run
+    finished = False
     try:
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        output = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finished = True
+        return output
     finally:
         options.pop(RUN, None)
-        _close(run, guider.model_patcher)
+        _close(run, guider.model_patcher, finished)
 
 
 def _predict_noise(
@@ -120,11 +129,13 @@ def _apply_model(
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
 
-def _close(run: Run, model: Any) -> None:
-    record = run.record()
-    suspects = [name for name in model.object_patches if name.startswith("diffusion_model.")]
-    for is_warning, line in summarise(record, suspects):
-        logger.log(logging.WARNING if is_warning else logging.INFO, line)
+def _close(run: Run, model: Any, finished: bool) -> None:
+    record = {**run.record(), "finished": finished}
+    # A run cut short by an interrupt or somebody's error proves nothing about us.
+    if finished and run.clock.steps:
+        suspects = [name for name in model.object_patches if name.startswith("diffusion_model.")]
+        for is_warning, line in summarise(record, suspects):
+            logger.log(logging.WARNING if is_warning else logging.INFO, line)
     journal = journal_of(model)
     if journal is not None:
         journal.add(record)

@@ -87,6 +87,9 @@ class Run:
         self._dense_pairs = 0.0
         self._computed_pairs = 0.0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        return self
+
     def count_evaluation(self) -> None:
         with self._lock:
             self._evaluations += 1
@@ -159,8 +162,10 @@ def summarise(record: dict[str, Any], suspects: Sequence[str] = ()) -> list[tupl
                 (False, f"{text}; video self-attention work {record['attention_share']:.0%} of dense.")
             )
         elif total:
+            # A range without steps was warned about before the run.
+            is_news = bool(entry["steps"])
             lines.append(
-                (True, f"{head}no effect, all {total} calls declined ({declined}); the result is stock.")
+                (is_news, f"{head}no effect, all {total} calls declined ({declined}); the result is stock.")
             )
         elif record["forwards"]:
             cause = f" Object patches that may be why: {', '.join(suspects)}." if suspects else ""

@@ -42,8 +42,8 @@ class Technique(ABC):
     def __post_init__(self) -> None:
         for setting in ("start_percent", "end_percent"):
             value = getattr(self, setting)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{setting} is {value}; it takes 0 to 1.")
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"{setting} is {value!r}; it takes numbers from 0 to 1.")
 
     @property
     def is_neutral(self) -> bool:

@@ -36,8 +36,8 @@ class TemporalWindow(Technique):
         super().__post_init__()
         for setting, low, high in (("window", 1, 32), ("sink_frames", 0, 8), ("dense_blocks", 0, 16)):
             value = getattr(self, setting)
-            if not low <= value <= high:
-                raise ValueError(f"{setting} is {value}; it takes {low} to {high}.")
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"{setting} is {value!r}; it takes whole numbers from {low} to {high}.")
 
     def describe(self) -> str:
         dense = f", {self.dense_blocks} dense blocks at each end" if self.dense_blocks else ""

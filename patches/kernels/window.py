@@ -18,6 +18,8 @@ from .tokens import VideoTokens
 # Copied keys, and copied values, hold at most so many times the rows of the originals. With two, a block of
 # LTX still needs more memory in its feed-forward (hidden layer and activation, four times its input each).
 INTERLEAVED_ROWS = 2
+# Views cost nothing where the backend reads them in place, as PyTorch's does; others copy what they are given.
+VIEWED_ROWS = 8
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -186,18 +188,21 @@ def _attend_interior(
     Without shared keys the windows of consecutive frames are one strided view of K and V. With shared keys
     they are so too once the shared tokens are put in after every 2·window + 1 frames: any stretch of that
     period then holds each frame of one window once and the shared tokens once, and the order of keys does
-    not matter. The copies are made for so many frames at a time that they stay under `INTERLEAVED_ROWS`.
+    not matter. Both are done for so many frames at a time that copies stay under `INTERLEAVED_ROWS`
+    and views under `VIEWED_ROWS`.
     """
     size, window = interior.per_frame, interior.window
     near = (2 * window + 1) * size
     shared = sum(b - a for a, b in interior.shared)
     period = near + shared
     first_key = interior.start - window * size
-    chunk = interior.frames
     if shared:
         periods = max(2, INTERLEAVED_ROWS * k_NC.shape[0] // period)
-        chunks = -(-interior.frames // ((periods - 1) * (2 * window + 1) + 1))
-        chunk = -(-interior.frames // chunks)
+        most = (periods - 1) * (2 * window + 1) + 1
+    else:
+        most = VIEWED_ROWS * k_NC.shape[0] // near
+    chunks = -(-interior.frames // most)
+    chunk = -(-interior.frames // chunks)
     for begin in range(0, interior.frames, chunk):
         frames = min(chunk, interior.frames - begin)
         key_rows = slice(first_key + begin * size, first_key + (begin + frames + 2 * window) * size)

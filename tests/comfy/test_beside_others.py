@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import comfy.context_windows
 import comfy.lora
 import comfy.samplers
@@ -141,8 +143,29 @@ def test_a_block_of_another_pack_that_hands_options_over_by_position(windowed, l
     ours = windowed(model)
     with caplog.at_level("WARNING"):
         assert equal(sample(ours), sample(model))
-    assert any("never reached" in r.getMessage() for r in caplog.records)
+    assert any("all 9 calls declined (NO_OPTIONS ×9)" in r.getMessage() for r in caplog.records)
     assert last_run(ours)["taken"] == 0
+
+
+def test_transformer_options_replaced_after_us(windowed, caplog):
+    model = build_model()
+    ours = windowed(model).clone()
+    ours.model_options["transformer_options"] = {}
+    with caplog.at_level("WARNING"):
+        assert equal(sample(ours), sample(model))
+    assert any("another node replaced" in r.getMessage() for r in caplog.records)
+
+
+def test_options_copied_deeply_during_a_run(windowed, last_run):
+    class Copying(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006  # core's own signature
+            options = copy.deepcopy(model_options)
+            return super().predict_noise(x, timestep, options, seed)
+
+    ours = windowed(build_model())
+    expected = sample_with(comfy.samplers.CFGGuider(ours), "ltxv")
+    assert equal(sample_with(Copying(ours), "ltxv"), expected)
+    assert last_run(ours)["taken"] == 9
 
 
 def test_clones_and_lora(windowed, last_run):

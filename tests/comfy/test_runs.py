@@ -25,7 +25,7 @@ def is_untouched(model, pack):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, RuntimeError])
-def test_interrupt_and_error_leave_nothing_behind(family, error, pack, windowed):
+def test_interrupt_and_error_leave_nothing_behind(family, error, pack, windowed, caplog):
     model = windowed(build_model(family))
     expected = sample(model, family)
 
@@ -33,12 +33,17 @@ def test_interrupt_and_error_leave_nothing_behind(family, error, pack, windowed)
         if step == 1:
             raise error("stop")
 
-    with pytest.raises(error):
+    with pytest.raises(error), caplog.at_level(logging.INFO):
         sample(model, family, callback=stop)
+    assert "no effect" not in caplog.text
     assert is_untouched(model, pack)
     assert equal(sample(model, family), expected)
     records = pack("patches.mount").journal_of(model).records()
-    assert [record["forwards"] for record in records] == [3, 2, 3]
+    assert [(record["forwards"], record["finished"]) for record in records] == [
+        (3, True),
+        (2, False),
+        (3, True),
+    ]
 
 
 def test_error_inside_a_block(pack, windowed):
@@ -186,6 +191,7 @@ def test_a_range_without_steps_is_a_warning_that_names_what_would_work(windowed,
     with caplog.at_level(logging.WARNING):
         sample(model, steps=4)
     texts = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(texts) == 1
     assert "covers none of the 4 steps" in texts[0]
     nearest = texts[0].split("nearest that does: ")[1].rstrip(".")
     name, value = nearest.split(" ")

@@ -162,6 +162,26 @@ def test_every_pair_is_counted(kernel, Tokens):
     assert kernel.visible_pairs(tokens, 1, 1, range(tokens.total)) == (16 * 3 + 14) * 16
 
 
+@pytest.mark.parametrize(
+    ("window", "sinks", "guides"), [(1, 1, 0), (1, 8, 4), (4, 2, 0), (8, 0, 0), (8, 3, 2)]
+)
+def test_memory_of_copies_and_views_is_bounded(kernel, Tokens, window, sinks, guides):
+    tokens = Tokens.grid(90, 1, 2, guides=guides)
+    q, k, v = tensors(tokens)
+    row = k.shape[-1] * k.element_size()
+    period = (2 * window + 1 + sinks) * 2 + guides
+    viewed, stored = [], []
+
+    def watching(q, k, v, mask):
+        viewed.append(k.shape[0] * k.shape[1])
+        stored.append(k.untyped_storage().nbytes() // row)
+        return attend(q, k, v, mask)
+
+    kernel.attend_window(q, k, v, None, range(tokens.total), tokens, window, sinks, watching)
+    assert max(viewed) <= 8 * tokens.total
+    assert max(stored) <= max(2 * tokens.total, 2 * period) + period
+
+
 def test_attention_calls_stay_few(kernel, Tokens):
     calls = []
 

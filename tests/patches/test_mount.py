@@ -93,7 +93,7 @@ def test_journal_keeps_the_last_runs_and_hands_out_copies(pack):
     "bad",
     [
         {"window": 0}, {"window": 33}, {"sink_frames": -1}, {"sink_frames": 9}, {"dense_blocks": -1},
-        {"dense_blocks": 17}, {"start_percent": -0.1}, {"end_percent": 1.1},
+        {"dense_blocks": 17}, {"window": 1.5}, {"window": True}, {"window": "2"}, {"end_percent": None}, {"start_percent": -0.1}, {"end_percent": 1.1},
     ],
 )  # fmt: skip
 def test_nonsense_is_rejected_by_name(window, bad):
