@@ -18,9 +18,7 @@ _SLOT_START = (1, 5, 10, 13)
 _WORD_SCALE = 4.0
 
 
-def caption_ids(
-    shape: str, direction: str, speed: str, second_shape: str = "none"
-) -> tuple[int, int, int, int]:
+def caption_ids(shape: str, direction: str, speed: str, second_shape: str = "none") -> tuple[int, ...]:
     """Index of each word in its own list, in slot order (shape, second shape, direction, speed)."""
     slots: list[tuple[str, str, tuple[str, ...]]] = [
         ("shape", shape, SHAPES),
@@ -31,7 +29,7 @@ def caption_ids(
     for name, word, words in slots:
         if word not in words:
             raise ValueError(f"{name} must be one of {', '.join(words)}; got {word!r}.")
-    return tuple(words.index(word) for _, word, words in slots)  # type: ignore[return-value]
+    return tuple(words.index(word) for _, word, words in slots)
 
 
 def embed_captions(ids: torch.Tensor, empty: torch.Tensor | None = None) -> torch.Tensor:

@@ -74,7 +74,7 @@ def test_one_cond_evaluated_twice_a_step_with_other_options(family, windowed, la
     model = build_model(family)
 
     class Perturbed(comfy.samplers.CFGGuider):
-        def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006  # core's own signature
+        def predict_noise(self, x, timestep, model_options, seed=None):
             conds = [self.conds["positive"]]
             calc = comfy.samplers.calc_cond_batch
             plain = calc(self.inner_model, conds, x, timestep, model_options)[0]
@@ -158,7 +158,7 @@ def test_transformer_options_replaced_after_us(windowed, caplog):
 
 def test_options_copied_deeply_during_a_run(windowed, last_run):
     class Copying(comfy.samplers.CFGGuider):
-        def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006  # core's own signature
+        def predict_noise(self, x, timestep, model_options, seed=None):
             options = copy.deepcopy(model_options)
             return super().predict_noise(x, timestep, options, seed)
 

@@ -23,7 +23,7 @@ def replace_self_attention(patcher, make):
 
 
 def projected(module, call):
-    def forward(x, pe=None, mask=None, transformer_options={}, **kwargs):  # noqa: B006  # core's own signature
+    def forward(x, transformer_options, **kwargs):
         q, k, v = module.to_q(x), module.to_k(x), module.to_v(x)
         return module.to_out(call(q, k, v, module.heads, transformer_options))
 
