@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,25 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
 }
 # The schedule shift the model was judged at; ComfyUI's LTXV takes its logarithm.
 SHIFT = 3.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is meant to be sampled with Euler: sigmas, the last one 0, and the CFG scale."""
+
+    sigmas: tuple[float, ...]
+    cfg: float
+
+
+def shifted_sigmas(steps: int) -> tuple[float, ...]:
+    """`steps` + 1 sigmas from 1 to 0, evenly spaced before the shift."""
+    line = [1 - i / steps for i in range(steps + 1)]
+    return tuple(SHIFT * t / (1 + (SHIFT - 1) * t) for t in line)
+
+
+TEACHER_RECIPE = Recipe(shifted_sigmas(24), 2.0)
+# The published sigmas of LTX-2's distilled weights, run without CFG.
+STUDENT_RECIPE = Recipe((1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0), 1.0)
 
 Conditioning = list[list[Any]]
 

@@ -106,6 +106,7 @@ class Twin:
         from comfy.ldm.lightricks.symmetric_patchifier import latent_to_pixel_coords
 
         self.model, self.groups, self.grid = model, groups, grid
+        self.dtype, self.is_compiled = dtype, compile_blocks
         block = make_block(groups, model.num_attention_heads, dtype)
         self.block = torch.compile(block, dynamic=False) if compile_blocks else block
         clip_frames = [frames for clips, frames in groups for _ in range(clips)]
