@@ -218,9 +218,18 @@ def load_pack(name: str = "custom_nodes frame-thrift") -> ModuleType:
 
     Its modules are then ``importlib.import_module(f"{name}.patches.mount")`` and so on.
     """
+    return _load_by_path(name, PACK)
+
+
+def load_tiny() -> ModuleType:
+    """The test model's package; from here on ``import tiny_ltx.model`` and so on work."""
+    return _load_by_path("tiny_ltx", PACK / "tiny_ltx")
+
+
+def _load_by_path(name: str, folder: Path) -> ModuleType:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(
-            name, PACK / "__init__.py", submodule_search_locations=[str(PACK)]
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
         assert spec is not None and spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)

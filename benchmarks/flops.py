@@ -23,41 +23,17 @@ comfyui_tree.use_comfyui()
 
 import comfy.cli_args
 
-# The default backend of a CPU slices its work by free memory, which the meta device does not have.
-comfy.cli_args.args.use_pytorch_cross_attention = True
+comfy.cli_args.args.use_pytorch_cross_attention = True  # price.py says why
 
 PACK = comfyui_tree.load_pack().__name__
+comfyui_tree.load_tiny()
 
 import ltx2
 import torch
 from comfyui_version import __version__ as comfyui_version
-from torch.utils.flop_counter import FlopCounterMode
+from price import count
 
 WINDOWS = [(window, sink) for window in (1, 2, 4) for sink in (0, 1)]
-
-
-def count(model: Any, clip: ltx2.Clip) -> tuple[float, float]:
-    """(all, attention) FLOPs of one forward."""
-    latent = ltx2.noise(clip, "meta").unbind()
-    packed = torch.cat([part.flatten(1) for part in latent], dim=1)[:, None]
-    options = {
-        **model.model_options.get("transformer_options", {}),
-        "wrappers": model.wrappers,
-        "sigmas": torch.ones(1),
-    }
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.model.apply_model(
-            packed,
-            torch.ones(1, device="meta"),
-            c_crossattn=torch.empty(1, ltx2.TEXT_TOKENS, 2 * 3840, device="meta"),
-            transformer_options=options,
-            frame_rate=24.0,
-            latent_shapes=[part.shape for part in latent],
-        )
-    by_op = counter.get_flop_counts()["Global"]
-    # On the meta device attention falls apart into batched products, and nothing else in the model uses those.
-    attention = by_op[torch.ops.aten.bmm]
-    return counter.get_total_flops(), attention
 
 
 def count_whole(shallow: Any, deep: Any, clip: ltx2.Clip) -> tuple[float, float]:

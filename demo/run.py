@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import shutil
 import signal
 import sys
@@ -118,7 +117,8 @@ def count_attention_flops(clips: list[Clip]) -> None:
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
     }
     node = importlib.import_module(f"{comfyui_tree.load_pack().__name__}.nodes").ApplyTemporalWindow
-    tiny = load_tiny()
+    comfyui_tree.load_tiny()
+    tiny = importlib.import_module("tiny_ltx.model")
     latent = torch.zeros(1, 128, (FRAMES - 1) // 8 + 1, SIZE // 32, SIZE // 32)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     caption = tiny.encode_caption("ring", "horizontal", "medium")
@@ -137,19 +137,6 @@ def count_attention_flops(clips: list[Clip]) -> None:
         clip.attention_flops = sum(
             flops for op, flops in by_operator.items() if "scaled_dot" in str(op) or "bmm" in str(op)
         )
-
-
-def load_tiny() -> Any:
-    """`tiny_ltx.model`, imported by path as ComfyUI does."""
-    name = "frame_thrift_tiny_ltx"
-    folder = REPO / "tiny_ltx"
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return importlib.import_module(f"{name}.model")
 
 
 def read_video(path: Path) -> np.ndarray:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+from pathlib import Path
 
 import torch
 
 from .captions import embed_captions
 from .clips import draw_clips, draw_ids
-from .model import STUDENT_RECIPE, TEACHER_RECIPE
+from .model import STUDENT_RECIPE, TEACHER_RECIPE, read_weights
 from .trainer import IMAGE_SHARE, Trainer
 from .twin import Twin
 
@@ -27,13 +28,15 @@ EARLY_SHARE = 0.3
 
 
 class Distiller(Trainer):
-    """Trains a copy of the given weights to sample in the few steps of STUDENT_RECIPE, without guidance."""
+    """Trains a copy of the teacher to sample in the few steps of STUDENT_RECIPE, without guidance."""
 
     ema_decay = 0.998
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         super().__init__(args, device)
         teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+        state, _ = read_weights(Path(args.teacher))
+        teacher.load_state_dict({key: value.float() for key, value in state.items()})
         self.teacher = Twin(
             teacher, self.groups, self.twin.grid, device, self.twin.dtype, self.twin.is_compiled
         )

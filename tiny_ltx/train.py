@@ -48,8 +48,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--student",
         action="store_true",
-        help="distil the weights of --resume (default: those here) into the 8 steps of LTX-2's distilled sigmas",
+        help="distil --teacher into the 8 steps of LTX-2's distilled sigmas",
     )
+    parser.add_argument("--teacher", default=str(WEIGHTS), help="weights file that --student learns from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1.0, help="multiplies all learning rates")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the clips in a step")
@@ -63,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     if args.student and args.resume is None:
-        args.resume = str(WEIGHTS)
+        args.resume = args.teacher
     return args
 
 
@@ -84,7 +85,10 @@ def main() -> None:
     recipe = STUDENT_RECIPE if args.student else TEACHER_RECIPE
     # A resumed training reports the runs before it, too.
     earlier = []
-    if args.resume and (before := Path(args.resume).parent / "report.json").is_file():
+    if (
+        args.resume not in (None, args.teacher)
+        and (before := Path(args.resume).parent / "report.json").is_file()
+    ):
         report = json.loads(before.read_text())
         earlier = [*report.get("earlier_training", []), {**report["training"], "gpu": report["gpu"]}]
 

@@ -1,0 +1,70 @@
+"""The picture of the quality table: drift and distance against FLOPs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from report import groups
+
+# Latent frames of the tiny clips, and the LTX-2 size whose FLOPs stand for them.
+PRICED_AS = {13: "121 f 1280×704", 25: "481 f 1280×704"}
+MARKS = {"window": ("o", "tab:blue"), "cache": ("s", "tab:orange"), "cache + window": ("D", "tab:purple")}
+FIGURES = (("psnr", "PSNR to dense, dB"), ("frechet", "Fréchet distance"), ("drift", "drift"))
+
+
+def draw_chart(report: dict[str, Any], path: Path) -> None:
+    found = groups(report)
+    figure, axes = plt.subplots(
+        len(FIGURES), len(found), figsize=(5.2 * len(found), 3.6 * len(FIGURES)), squeeze=False
+    )
+    for column, (model, frames, rows) in enumerate(found):
+        for axis, (name, label) in zip(axes[:, column], FIGURES, strict=True):
+            draw_panel(axis, rows, frames, name, label)
+        axes[0, column].set_title(f"{model}, {frames} latent frames")
+        axes[-1, column].set_xlabel(f"FLOPs, % of dense at {PRICED_AS[frames]}")
+    axes[0, 0].legend(loc="upper left", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw_panel(axis: Any, rows: list[dict[str, Any]], frames: int, name: str, label: str) -> None:
+    def cost(row: dict[str, Any]) -> float:
+        return 100 * row["cost"][PRICED_AS[frames]]
+
+    for merged, style in (("uniform", "-"), ("tail", "--"), ("head", ":")):
+        line = sorted(
+            (cost(row), row["figures"][name])
+            for row in rows
+            if row["definition"]["kind"] == "fewer steps"
+            and row["definition"]["merged"] == merged
+            and row["definition"]["sigmas"] is None
+            and cost(row) < 100
+            and name in row["figures"]
+        )
+        if line:
+            axis.plot(*zip(*line, strict=True), style, color="black", lw=1, label=f"fewer steps, {merged}")
+    for kind, (mark, colour) in MARKS.items():
+        points = [row for row in rows if row["definition"]["kind"] == kind and name in row["figures"]]
+        if points:
+            axis.errorbar(
+                [cost(row) for row in points],
+                [row["figures"][name] for row in points],
+                [row["spread"][name] for row in points],
+                fmt=mark,
+                ms=4,
+                lw=0.8,
+                color=colour,
+                label=kind,
+            )
+    for row in rows:
+        if row["row"] == "dense":
+            axis.axhline(row["figures"].get(name, float("nan")), color="tab:green", lw=1, label="dense")
+    axis.set_ylabel(label)
+    axis.grid(alpha=0.3)

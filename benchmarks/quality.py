@@ -1,0 +1,270 @@
+"""What each setting costs in quality, beside the same budget spent as fewer steps.
+
+    python benchmarks/quality.py [--clips 384] [--only NAME ...] [--models teacher student] [--seconds 540]
+    python benchmarks/quality.py --table       # prices, table and picture of the rows that are there
+    python benchmarks/quality.py --clips 6 --out DIR/quality.json     # a CPU is enough for a look
+
+Samples tiny_ltx through ComfyUI with the rows of rows.py and judges the clips by an independent probe. Rows
+already in the JSON are kept, as long as they were made by the same definition, weights and number of clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import comfyui_tree
+
+comfyui_tree.use_comfyui()
+
+import comfy.cli_args
+
+comfy.cli_args.args.use_pytorch_cross_attention = True  # price.py says why
+
+PACK = comfyui_tree.load_pack().__name__
+comfyui_tree.load_tiny()
+
+import comfy.model_management as mm
+import ltx2
+import metrics
+import torch
+from comfyui_version import __version__ as comfyui_version
+from price import PriceList
+from report import write_report
+from rows import DENSE, ROWS, STUDENT, TEACHER, Row
+from sampling import FPS, decode, sample_clips
+
+from tiny_ltx.clips import draw_clips, draw_ids
+from tiny_ltx.codec import Codec
+from tiny_ltx.model import HERE as TINY
+from tiny_ltx.model import STUDENT_RECIPE, TEACHER_RECIPE, TRANSFORMER_CONFIG, load_model
+from tiny_ltx.probe import frechet_distance, load_probe, read_clips
+
+MODELS = {
+    TEACHER: (TINY / "weights.safetensors", TEACHER_RECIPE),
+    STUDENT: (TINY / "student" / "weights.safetensors", STUDENT_RECIPE),
+}
+LENGTHS = (13, 25)
+SEEDS = (0, 1, 2)
+# The sizes at which a row's FLOPs are counted.
+PRICED = (ltx2.CLIPS[0], ltx2.CLIPS[1], ltx2.CLIPS[3])
+REAL_DRAWS = 4
+
+
+class Judge:
+    """Knows the real clips of the captions of every length and seed, and measures sampled ones against them."""
+
+    def __init__(self, clips: int, device: torch.device) -> None:
+        self.clips, self.device = clips, device
+        self.probe = load_probe(device=device)
+        self.ids = {
+            seed: draw_ids(clips, torch.Generator(device).manual_seed(1000 + seed)).cpu() for seed in SEEDS
+        }
+        self._real: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def read(self, pixels: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
+        """Figures and features of clips of captions ids [B, 4]."""
+        pixels = pixels.to(self.device)
+        words, features = read_clips(self.probe, pixels, pixels.new_full((pixels.shape[0],), FPS))
+        right = words.cpu() == ids
+        return {
+            "features": features.cpu(),
+            "drift": metrics.drift(pixels).mean().item(),
+            "acceleration": metrics.acceleration(pixels).mean().item(),
+            "caption": right[:, :3].all(dim=1).float().mean().item(),
+            "speed": right[:, 3].float().mean().item(),
+        }
+
+    def real(self, latent_frames: int, seed: int) -> dict[str, Any]:
+        """The same of real clips, as the codec's signal channels show them: the best a sample could look."""
+        key = latent_frames, seed
+        if key not in self._real:
+            generator = torch.Generator(self.device).manual_seed(2000 + seed)
+            codec = Codec().to(self.device)
+            ids = self.ids[seed]
+            fps = torch.full((self.clips,), FPS, device=self.device)
+            reads = []
+            for _ in range(REAL_DRAWS + 1):
+                drawn = draw_clips(
+                    self.clips, latent_frames, generator, ids=ids.to(self.device), fps=fps
+                ).pixels
+                reads.append(self.read(decode(codec.encode_pixels(drawn[:, None]) * codec.signal), ids))
+            figures = {
+                name: statistics.mean(read[name] for read in reads)
+                for name in ("drift", "acceleration", "caption", "speed")
+            }
+            reference = torch.cat([read["features"] for read in reads[:REAL_DRAWS]])
+            self._real[key] = {**figures, "reference": reference, "features": reads[-1]["features"]}
+        return self._real[key]
+
+    def real_figures(self, latent_frames: int) -> dict[str, Any]:
+        reals = [self.real(latent_frames, seed) for seed in SEEDS]
+        figures = [
+            {
+                **{name: real[name] for name in ("drift", "caption", "speed")},
+                "acceleration": real["acceleration"] / reals[0]["acceleration"],
+                "frechet": frechet_distance(real["features"], real["reference"]),
+            }
+            for real in reals
+        ]
+        return pooled(figures, [real["features"] for real in reals], [real["reference"] for real in reals])
+
+    def measure(
+        self, clips: list[torch.Tensor], dense: list[torch.Tensor] | None, frames: int
+    ) -> dict[str, Any]:
+        """Figures of one row: clips of every seed, beside the dense ones of the same noise."""
+        figures, features, references = [], [], []
+        for i, seed in enumerate(SEEDS):
+            real, read = self.real(frames, seed), self.read(clips[i], self.ids[seed])
+            features.append(read.pop("features"))
+            references.append(real["reference"])
+            read["acceleration"] /= real["acceleration"]
+            read["frechet"] = frechet_distance(features[-1], references[-1])
+            if dense is not None:
+                read["psnr"] = metrics.psnr(clips[i], dense[i]).mean().item()
+            figures.append(read)
+        return pooled(figures, features, references)
+
+
+def pooled(
+    figures: list[dict[str, float]], features: list[torch.Tensor], references: list[torch.Tensor]
+) -> dict[str, Any]:
+    """Means over seeds and their standard deviation; the Frechet distance is that of all clips together."""
+    names = figures[0].keys()
+    means = {name: statistics.mean(f[name] for f in figures) for name in names}
+    means["frechet"] = frechet_distance(torch.cat(features), torch.cat(references))
+    spread = {name: statistics.stdev(f[name] for f in figures) for name in names}
+    return {"figures": means, "spread": spread, "seeds": figures}
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Samples what is asked for and not there yet; saves after every row."""
+    begin = time.monotonic()
+    device = mm.get_torch_device()
+    per_seed = max(2, options.clips // len(SEEDS))
+    judge = Judge(per_seed, device)
+    report["left_out"] = []
+    for name in options.models:
+        weights, recipe = MODELS[name]
+        model, weights_digest = load_model(weights), digest(weights)
+        dense: dict[int, list[torch.Tensor]] = {}
+        for row in ROWS:
+            if name not in row.models or (options.only and row.name not in options.only):
+                continue
+            for frames in options.frames:
+                entry = {
+                    "model": name,
+                    "row": row.name,
+                    "frames": frames,
+                    "definition": json.loads(json.dumps(asdict(row))),
+                    "weights": weights_digest,
+                    "clips": per_seed * len(SEEDS),
+                }
+                if any(all(old.get(k) == v for k, v in entry.items()) for old in report["rows"]):
+                    continue
+                if time.monotonic() - begin > options.seconds:
+                    report["left_out"].append(f"{name}, {row.name}, {frames} frames")
+                    continue
+                started = time.monotonic()
+                clips, runs = sample(model, recipe, row, judge, frames)
+                if row == DENSE:
+                    dense[frames] = clips
+                elif frames not in dense:
+                    dense[frames] = sample(model, recipe, DENSE, judge, frames)[0]
+                entry |= judge.measure(clips, None if row == DENSE else dense[frames], frames)
+                entry |= {
+                    "runs": runs,
+                    "gpu": gpu_name(),
+                    "torch": torch.__version__,
+                    "comfyui": comfyui_version,
+                }
+                report["rows"] = [
+                    old
+                    for old in report["rows"]
+                    if (old["model"], old["row"], old["frames"]) != (name, row.name, frames)
+                ]
+                report["rows"].append(entry)
+                report["real"][str(frames)] = judge.real_figures(frames)
+                save(report, options.out)
+                shown = {k: round(v, 4) for k, v in entry["figures"].items()}
+                print(f"{name} {frames} {row.name}: {shown} {time.monotonic() - started:.1f} s", flush=True)
+
+
+def sample(
+    model: Any, recipe: Any, row: Row, judge: Judge, frames: int
+) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """Pixels and executed steps of every seed."""
+    out = [sample_clips(PACK, model, recipe, row, judge.ids[seed], frames, seed) for seed in SEEDS]
+    return [pixels for pixels, _ in out], [run for _, run in out]
+
+
+def gpu_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)"
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def price_rows(report: dict[str, Any]) -> None:
+    """Executed FLOPs of every row at LTX-2 size, as a share of dense."""
+    prices = PriceList(PACK, TRANSFORMER_CONFIG["num_layers"], report["flops_of_a_forward"])
+    for entry in report["rows"]:
+        nodes = [tuple(node) for node in entry["definition"]["nodes"]]
+        own = len(MODELS[entry["model"]][1].sigmas) - 1
+        entry["cost"] = {}
+        for clip in PRICED:
+            dense = own * prices.forward(clip, ())
+            totals = [
+                sum(prices.forward(clip, acting(nodes, run, step)) for step in run["executed"])
+                for run in entry["runs"]
+            ]
+            entry["cost"][clip.name] = statistics.mean(totals) / dense
+
+
+def acting(nodes: list[Any], run: dict[str, Any], step: int) -> list[Any]:
+    """The nodes that changed the work of a step which was executed."""
+    return [node for node in nodes if step in run["covered"].get(node[0], ())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "quality.json")
+    parser.add_argument("--clips", type=int, default=384, help="sampled clips a row, over all seeds")
+    parser.add_argument("--frames", type=int, nargs="+", choices=LENGTHS, default=LENGTHS)
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS))
+    parser.add_argument("--only", nargs="+", help="rows by name")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no row later than that")
+    parser.add_argument("--table", action="store_true", help="sample nothing")
+    parser.add_argument("--no-table", action="store_true", help="only sample")
+    options = parser.parse_args()
+    report: dict[str, Any] = {"real": {}, "flops_of_a_forward": {}, "left_out": [], "rows": []}
+    if options.out.is_file():
+        report |= json.loads(options.out.read_text())
+    if not options.table:
+        run_rows(options, report)
+    if not options.no_table:
+        price_rows(report)
+        write_report(report, options.out)
+    save(report, options.out)
+
+
+if __name__ == "__main__":
+    main()

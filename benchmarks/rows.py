@@ -1,0 +1,124 @@
+"""The settings that the quality table compares. A new one is one line in ROWS.
+
+No ComfyUI import: a row is a schedule and a list of nodes with their inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tiny_ltx.model import STUDENT_RECIPE
+
+TEACHER, STUDENT = "teacher", "student"
+BOTH = (TEACHER, STUDENT)
+
+UNIFORM, TAIL, HEAD = "uniform", "tail", "head"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting.
+
+    kind: what the picture colours by. nodes: (node id, inputs) from the loader to the sampler. steps: of a
+    dense run, None for the model's own schedule; merged: where a shorter schedule takes its larger steps.
+    sigmas: a schedule of its own instead.
+    """
+
+    name: str
+    kind: str
+    nodes: tuple[tuple[str, dict[str, Any]], ...] = ()
+    steps: int | None = None
+    merged: str = UNIFORM
+    sigmas: tuple[float, ...] | None = None
+    models: tuple[str, ...] = field(default=BOTH)
+
+    def schedule(self, own: tuple[float, ...], shift: float) -> tuple[float, ...]:
+        """Sigmas of this row for a model whose own are `own`, ending in 0."""
+        if self.sigmas is not None:
+            return self.sigmas
+        if self.steps is None:
+            return own
+        if self.merged == UNIFORM:
+            return resampled(own, self.steps, shift)
+        flipped = self.merged == HEAD
+        line = list(own[::-1] if flipped else own)
+        line = merged_from_end(line, self.steps)
+        return tuple(line[::-1] if flipped else line)
+
+
+def resampled(sigmas: tuple[float, ...], steps: int, shift: float) -> tuple[float, ...]:
+    """The same curve in `steps` steps of even length, in the time that a schedule shift bends."""
+    times = [s / (shift - (shift - 1) * s) for s in sigmas]
+    out = []
+    for i in range(steps + 1):
+        place = i * (len(times) - 1) / steps
+        left = min(int(place), len(times) - 2)
+        time = times[left] + (place - left) * (times[left + 1] - times[left])
+        out.append(shift * time / (1 + (shift - 1) * time))
+    return tuple(out)
+
+
+def merged_from_end(sigmas: list[float], steps: int) -> list[float]:
+    """`steps` steps, made by joining neighbours two by two from the end; where that is not enough, again."""
+    while len(sigmas) - 1 > steps:
+        present = len(sigmas) - 1
+        pairs = min(present - steps, present // 2)
+        kept = present - 2 * pairs
+        sigmas = sigmas[:kept] + sigmas[kept::2]
+    return sigmas
+
+
+def fewer(model: str, counts: Iterable[int], merged: str) -> list[Row]:
+    names = {UNIFORM: "", TAIL: ", larger at the end", HEAD: ", larger at the start"}
+    return [
+        Row(f"{n} steps{names[merged]}", "fewer steps", steps=n, merged=merged, models=(model,))
+        for n in counts
+    ]
+
+
+def window(size: int, sink: int, start: float = 0.0, edge: int = 0) -> Row:
+    inputs = {
+        "window": size,
+        "sink_frames": sink,
+        "start_percent": start,
+        "end_percent": 1.0,
+        "dense_blocks": edge,
+    }
+    name = f"±{size}, {sink} sink" + (f", from {start:g}" if start else "") + (", dense edge" if edge else "")
+    return Row(name, "window", (("ApplyTemporalWindow", inputs),))
+
+
+def cached(model: str, threshold: float, then: Row | None = None) -> Row:
+    """Core's EasyCache, and behind it the nodes of another row."""
+    inputs = {"reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+    name, kind, nodes = f"EasyCache {threshold:g}", "cache", (("EasyCache", inputs),)
+    if then is not None:
+        name, kind, nodes = f"{name} + {then.name}", f"cache + {then.kind}", (*nodes, *then.nodes)
+    return Row(name, kind, nodes, models=(model,))
+
+
+DENSE = Row("dense", "dense")
+
+ROWS: tuple[Row, ...] = (
+    DENSE,
+    *fewer(TEACHER, (20, 16, 12, 8, 6), UNIFORM),
+    *(window(size, sink) for size in (1, 2, 4) for sink in (0, 1)),
+    *(cached(TEACHER, threshold) for threshold in (0.003, 0.006, 0.012)),
+    *(cached(STUDENT, threshold) for threshold in (0.02, 0.05, 0.2)),
+    *fewer(STUDENT, (7, 6, 5, 4, 3), UNIFORM),
+    *fewer(STUDENT, (7, 6, 5, 4, 3), TAIL),
+    *fewer(STUDENT, (7, 6, 5, 4, 3), HEAD),
+    *(window(size, sink, edge=1) for size in (1, 2, 4) for sink in (0, 1)),
+    *(window(size, sink, start=0.25) for size in (1, 2, 4) for sink in (0, 1)),
+    *(window(size, sink, start=0.25, edge=1) for size in (1, 2, 4) for sink in (0, 1)),
+    *(window(size, 1, start=0.5) for size in (1, 2, 4)),
+    cached(TEACHER, 0.003, window(4, 1, start=0.25, edge=1)),
+    cached(STUDENT, 0.05, window(4, 1, start=0.25, edge=1)),
+    *fewer(TEACHER, (23, 22, 20, 18, 16, 14), TAIL),
+    *fewer(TEACHER, (23, 22, 18, 14, 10), UNIFORM),
+    *fewer(TEACHER, (10, 8), TAIL),
+    Row("8 steps, LTX-2's distilled sigmas", "fewer steps", sigmas=STUDENT_RECIPE.sigmas, models=(TEACHER,)),
+    *fewer(TEACHER, (48,), UNIFORM),
+)
