@@ -10,10 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from report import groups
+from report import PRICED_AS, groups
 
-# Latent frames of the tiny clips, and the LTX-2 size whose FLOPs stand for them.
-PRICED_AS = {13: "121 f 1280×704", 25: "481 f 1280×704"}
 MARKS = {"window": ("o", "tab:blue"), "cache": ("s", "tab:orange"), "cache + window": ("D", "tab:purple")}
 FIGURES = (("psnr", "PSNR to dense, dB"), ("frechet", "Fréchet distance"), ("drift", "drift"))
 
@@ -66,5 +64,8 @@ def draw_panel(axis: Any, rows: list[dict[str, Any]], frames: int, name: str, la
     for row in rows:
         if row["row"] == "dense":
             axis.axhline(row["figures"].get(name, float("nan")), color="tab:green", lw=1, label="dense")
+    if name == "psnr":
+        # Beyond 60 dB nothing is left to see.
+        axis.set_ylim(10, 60)
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)

@@ -157,7 +157,7 @@ def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
     device = mm.get_torch_device()
     per_seed = max(2, options.clips // len(SEEDS))
     judge = Judge(per_seed, device)
-    report["left_out"] = []
+    real: dict[int, dict[str, Any]] = {}
     for name in options.models:
         weights, recipe = MODELS[name]
         model, weights_digest = load_model(weights), digest(weights)
@@ -177,7 +177,6 @@ def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
                 if any(all(old.get(k) == v for k, v in entry.items()) for old in report["rows"]):
                     continue
                 if time.monotonic() - begin > options.seconds:
-                    report["left_out"].append(f"{name}, {row.name}, {frames} frames")
                     continue
                 started = time.monotonic()
                 clips, runs = sample(model, recipe, row, judge, frames)
@@ -198,7 +197,9 @@ def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
                     if (old["model"], old["row"], old["frames"]) != (name, row.name, frames)
                 ]
                 report["rows"].append(entry)
-                report["real"][str(frames)] = judge.real_figures(frames)
+                if frames not in real:
+                    real[frames] = judge.real_figures(frames)
+                report["real"][str(frames)] = real[frames]
                 save(report, options.out)
                 shown = {k: round(v, 4) for k, v in entry["figures"].items()}
                 print(f"{name} {frames} {row.name}: {shown} {time.monotonic() - started:.1f} s", flush=True)
@@ -237,6 +238,17 @@ def price_rows(report: dict[str, Any]) -> None:
             entry["cost"][clip.name] = statistics.mean(totals) / dense
 
 
+def missing(report: dict[str, Any]) -> list[str]:
+    """Rows that are defined and not measured yet."""
+    present = {(entry["model"], entry["row"], entry["frames"]) for entry in report["rows"]}
+    wanted = [(model, row.name, frames) for row in ROWS for model in row.models for frames in LENGTHS]
+    return [
+        f"{model}, {row}, {frames} frames"
+        for model, row, frames in wanted
+        if (model, row, frames) not in present
+    ]
+
+
 def acting(nodes: list[Any], run: dict[str, Any], step: int) -> list[Any]:
     """The nodes that changed the work of a step which was executed."""
     return [node for node in nodes if step in run["covered"].get(node[0], ())]
@@ -262,6 +274,7 @@ def main() -> None:
         run_rows(options, report)
     if not options.no_table:
         price_rows(report)
+        report["left_out"] = missing(report)
         write_report(report, options.out)
     save(report, options.out)
 

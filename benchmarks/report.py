@@ -6,7 +6,18 @@ from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
-SHARPEST_FIRST = ("psnr",)
+# What the README shows, at the LTX-2 size whose FLOPs stand for the tiny clip's length.
+SHORT = (
+    "±1, 0 sink",
+    "±1, 1 sink",
+    "±2, 1 sink",
+    "±4, 1 sink",
+    "±4, 1 sink, from 0.25",
+    "±4, 1 sink, dense edge",
+    "±4, 1 sink, from 0.25, dense edge",
+    "±4, 1 sink, from 0.5",
+)
+PRICED_AS = {13: "121 f 1280×704", 25: "481 f 1280×704"}
 SIZES = {"97 f 896×512": "13×448", "121 f 1280×704": "16×880", "481 f 1280×704": "61×880"}
 
 
@@ -53,6 +64,7 @@ def between(line: list[tuple[float, dict[str, float]]], cost: float) -> dict[str
 
 def write_report(report: dict[str, Any], out: Path) -> None:
     out.with_suffix(".md").write_text(tables(report))
+    out.with_name(f"{out.stem}_short.md").write_text(short_tables(report))
     try:
         from chart import draw_chart
     except ImportError as error:
@@ -91,6 +103,35 @@ def tables(report: dict[str, Any]) -> str:
         ]
         rival = Rival(rows)
         out += [line(row, rival) for row in sorted(rows, key=lambda row: order(row))]
+        out.append("")
+    return "\n".join(out)
+
+
+def short_tables(report: dict[str, Any]) -> str:
+    """For the README: a few windows, every figure with that of fewer steps at the same FLOPs in brackets."""
+    out = []
+    for model, frames, rows in groups(report):
+        by_name = {row["row"]: row for row in rows}
+        shown = [by_name[name] for name in SHORT if name in by_name]
+        if not shown or "dense" not in by_name:
+            continue
+        size, rival = PRICED_AS[frames], Rival(rows)
+        dense, real = by_name["dense"]["figures"], report["real"][str(frames)]["figures"]
+        out += [
+            f"{model.capitalize()}, {frames} latent frames, FLOPs at {SIZES[size]}; dense: drift "
+            f"{dense['drift']:.4f}, Fréchet {dense['frechet']:.1f}; real clips: {real['drift']:.4f}, "
+            f"{real['frechet']:.1f}",
+            "",
+            "| window | FLOPs | PSNR dB (fewer steps) | drift (fewer steps) | Fréchet (fewer steps) |",
+            "|---" * 5 + "|",
+        ]
+        for row in shown:
+            other = rival.at(row["cost"][size])
+            cells = [row["row"], f"{row['cost'][size]:.0%}"]
+            for name, digits in (("psnr", 1), ("drift", 4), ("frechet", 1)):
+                beside = f"{other[name]:.{digits}f}" if other else "–"
+                cells.append(f"{row['figures'][name]:.{digits}f} ({beside})")
+            out.append("| " + " | ".join(cells) + " |")
         out.append("")
     return "\n".join(out)
 

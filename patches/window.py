@@ -28,7 +28,7 @@ class TemporalWindow(Technique):
     stage: ClassVar[int] = 20
     role: ClassVar[Role] = Role.VIDEO_SELF
 
-    window: int = 2
+    window: int = 4
     sink_frames: int = 1
     dense_blocks: int = 0
 

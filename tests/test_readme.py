@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import re
 
 
 def test_tables_are_the_measured_ones(pack):
     readme = (pack.root / "README.md").read_text(encoding="utf-8")
-    for name in ("gpu.md", "flops.md"):
+    for name in ("gpu.md", "flops.md", "quality_short.md"):
         assert (pack.root / "benchmarks" / name).read_text(encoding="utf-8").strip() in readme, name
 
 
@@ -33,3 +35,19 @@ def test_flop_table_matches_its_json(pack):
     cells = {(f"{entry['step']:.0%}", f"{entry['attention']:.0%}") for entry in entries}
     shown = re.findall(r"(\d+%) \((\d+%)\)", text)
     assert len(shown) == len(entries) == 30 and set(shown) == cells
+
+
+def test_quality_tables_come_from_their_json(pack):
+    folder = pack.root / "benchmarks"
+    spec = importlib.util.spec_from_file_location("quality_report", folder / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    content = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
+    assert (folder / "quality.md").read_text(encoding="utf-8") == report.tables(content)
+    assert (folder / "quality_short.md").read_text(encoding="utf-8") == report.short_tables(content)
+    assert all(row["clips"] >= 256 and len(row["seeds"]) >= 3 for row in content["rows"])
+    # The nets whose rows these are, and no others, lie in the repository.
+    weights = {"teacher": "tiny_ltx/weights.safetensors", "student": "tiny_ltx/student/weights.safetensors"}
+    for model, path in weights.items():
+        found = {row["weights"] for row in content["rows"] if row["model"] == model}
+        assert found == {hashlib.sha256((pack.root / path).read_bytes()).hexdigest()[:16]}

@@ -133,11 +133,12 @@ def attend_window(
 ) -> torch.Tensor:
     """As `attend_segments`, with the interior of the clip in few large calls where that is possible.
 
-    That needs all tokens as queries, no mask, and interior frames of equal size.
+    That needs all tokens as queries, no mask, and interior frames of equal size. The large calls are made for
+    each batch item, so a batch of more items than interior frames goes segment by segment.
     """
     segments = window_segments(tokens, window, sink_frames)
     interior = find_interior(tokens, window, sink_frames)
-    if mask is not None or len(rows) != tokens.total or interior is None:
+    if mask is not None or len(rows) != tokens.total or interior is None or q_BNC.shape[0] > interior.frames:
         return attend_segments(q_BNC, k_BNC, v_BNC, mask, rows, segments, attend)
     out = torch.empty_like(q_BNC)
     for segment in segments:

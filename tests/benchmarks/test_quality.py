@@ -1,0 +1,104 @@
+"""The quality table: its arithmetic, and one small run of the script on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def bench(pack):
+    """Imports a module of benchmarks/."""
+    import importlib
+
+    sys.modules["comfyui_tree"].load_tiny()
+    sys.path.append(str(pack.root / "benchmarks"))
+    yield importlib.import_module
+    sys.path.remove(str(pack.root / "benchmarks"))
+
+
+def test_uniform_steps_are_the_shifted_ones(bench):
+    rows, model = bench("rows"), bench("tiny_ltx.model")
+    own = model.TEACHER_RECIPE.sigmas
+    for steps in (6, 16, 23, 48):
+        got = rows.Row("", "", steps=steps).schedule(own, model.SHIFT)
+        assert got == pytest.approx(model.shifted_sigmas(steps))
+
+
+@pytest.mark.parametrize("steps", [23, 20, 14, 10, 8])
+def test_larger_steps_at_the_end_keep_the_start(bench, steps):
+    rows, model = bench("rows"), bench("tiny_ltx.model")
+    own = model.TEACHER_RECIPE.sigmas
+    tail = rows.Row("", "", steps=steps, merged=rows.TAIL).schedule(own, model.SHIFT)
+    assert len(tail) == steps + 1 and set(tail) <= set(own)
+    head = rows.Row("", "", steps=steps, merged=rows.HEAD).schedule(own, model.SHIFT)
+    kept = 24 - 2 * (24 - steps) if steps >= 12 else 0
+    assert tail[: kept + 1] == own[: kept + 1] and tail[-1] == head[-1] == 0 and tail[0] == head[0] == 1
+    assert head[len(head) - kept - 1 :] == own[24 - kept :] and tail != head
+
+
+def test_rows_have_names_of_their_own(bench):
+    rows = bench("rows")
+    names = [(model, row.name) for row in rows.ROWS for model in row.models]
+    assert len(names) == len(set(names)) and rows.ROWS[0] is rows.DENSE
+
+
+def test_metrics_know_the_answer(bench):
+    metrics = bench("metrics")
+    still = torch.rand(2, 1, 6, 6).repeat(1, 17, 1, 1)
+    assert metrics.drift(still).abs().max() == 0 and metrics.acceleration(still).abs().max() == 0
+    # What moves keeps its grey values: no drift, but acceleration.
+    moving = torch.stack([still[:, 0].roll(i, dims=-1) for i in range(17)], dim=1)
+    assert metrics.drift(moving).abs().max() == 0 and metrics.acceleration(moving).min() > 0
+    brighter = still.clone()
+    brighter[:, -8:] += 0.1
+    assert metrics.drift(brighter) == pytest.approx(torch.full((2,), 0.1))
+    assert metrics.psnr(still + 0.1, still) == pytest.approx(torch.full((2,), 20.0), abs=1e-3)
+
+
+def test_rival_lies_between_measured_step_counts(bench):
+    report = bench("report")
+
+    def entry(cost, psnr, merged):
+        return {
+            "cost": {"any": cost},
+            "figures": {"psnr": psnr, "frechet": 10 - 5 * cost},
+            "definition": {"kind": "fewer steps", "sigmas": None, "merged": merged},
+        }
+
+    rival = report.Rival([entry(0.5, 30, "uniform"), entry(0.7, 40, "uniform"), entry(0.6, 38, "tail")])
+    assert rival.at(0.6)["psnr"] == pytest.approx(38)
+    assert rival.at(0.65)["psnr"] == pytest.approx(38)
+    assert rival.at(0.7)["psnr"] == 40 and rival.at(0.99)["psnr"] == 40
+    assert rival.at(0.5)["psnr"] == 30 and rival.at(0.4) is None
+
+
+@pytest.mark.slow
+def test_script_runs_keeps_its_rows_and_draws(pack, tmp_path):
+    out = tmp_path / "quality.json"
+    command = [sys.executable, str(pack.root / "benchmarks" / "quality.py"), "--out", str(out)]
+    only = ["--only", "dense", "±1, 0 sink", "7 steps, larger at the end"]
+    run = ["--models", "student", "--frames", "13", "--clips", "6", *only]
+    subprocess.run([*command, *run], check=True, timeout=600)
+    report = json.loads(out.read_text())
+    rows = {row["row"]: row for row in report["rows"]}
+    assert len(rows) == 3
+    dense, window, seven = rows["dense"], rows["±1, 0 sink"], rows["7 steps, larger at the end"]
+    assert set(dense["cost"].values()) == {1.0} and "psnr" not in dense["figures"]
+    assert [len(run["executed"]) for run in seven["runs"]] == [7, 7, 7]
+    assert set(seven["cost"].values()) == {7 / 8}
+    # The counted FLOPs are those of the FLOP table.
+    flops = json.loads((pack.root / "benchmarks" / "flops.json").read_text())["rows"]
+    wanted = {row["clip"]: row["window 1 sink 0"]["step"] for row in flops}
+    for clip, cost in window["cost"].items():
+        assert cost == pytest.approx(wanted[clip], rel=1e-6)
+    assert 10 < window["figures"]["psnr"] < seven["figures"]["psnr"] < 60
+    assert out.with_suffix(".md").read_text().count("\n| ") == 4 and out.with_suffix(".png").is_file()
+
+    before = out.read_text()
+    again = subprocess.run([*command, *run], check=True, timeout=600, capture_output=True, text=True)
+    assert out.read_text() == before and "student 13" not in again.stdout
