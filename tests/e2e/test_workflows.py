@@ -48,7 +48,7 @@ def dry(prompt: dict[str, Any]) -> dict[str, Any]:
             elif isinstance(value, list) and value[0] in tiny:
                 node["inputs"][name] = ["tiny", tiny[value[0]]]
         if kinds[key] == "EmptyLTXVLatentVideo":
-            node["inputs"].update(width=128, height=128, length=57)
+            node["inputs"].update(width=128, height=128, length=97)
         if kinds[key] == "LTXVScheduler":
             node["inputs"]["steps"] = 2
         small[key] = node

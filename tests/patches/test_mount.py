@@ -118,9 +118,9 @@ def test_the_node_form(pack):
     assert schema.node_id == "ApplyTemporalWindow"
     ranges = {i.id: (i.min, i.max, i.default) for i in schema.inputs if hasattr(i, "min")}
     assert ranges == {
-        "window": (1, 32, 2),
+        "window": (1, 32, 4),
         "sink_frames": (0, 8, 1),
-        "start_percent": (0.0, 1.0, 0.0),
+        "start_percent": (0.0, 1.0, 0.5),
         "end_percent": (0.0, 1.0, 1.0),
         "dense_blocks": (0, 16, 0),
     }
