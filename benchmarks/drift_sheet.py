@@ -5,17 +5,11 @@ python benchmarks/drift_sheet.py        # writes drift_sheet.png beside this fil
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 
-import comfyui_tree
-
-comfyui_tree.use_comfyui()
-PACK = comfyui_tree.load_pack().__name__
-comfyui_tree.load_tiny()
+from runtime import PACK  # isort: split
 
 import metrics
 import torch

@@ -10,23 +10,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 
-import comfyui_tree
-
-comfyui_tree.use_comfyui()
-
-import comfy.cli_args
-
-comfy.cli_args.args.use_pytorch_cross_attention = True  # price.py says why
-
-PACK = comfyui_tree.load_pack().__name__
-comfyui_tree.load_tiny()
+from runtime import PACK  # isort: split
 
 import ltx2
 import torch

@@ -1,8 +1,4 @@
-"""FLOPs of one forward at LTX-2 size, counted through the nodes on the meta device.
-
-The script that counts sets `use_pytorch_cross_attention` before anything of ComfyUI is imported: the default
-backend of a CPU slices its work by free memory, which the meta device does not have.
-"""
+"""FLOPs of one forward at LTX-2 size, counted through the nodes on the meta device."""
 
 from __future__ import annotations
 

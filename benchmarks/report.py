@@ -102,7 +102,7 @@ def tables(report: dict[str, Any]) -> str:
             "|---" * 11 + "|",
         ]
         rival = Rival(rows)
-        out += [line(row, rival) for row in sorted(rows, key=lambda row: order(row))]
+        out += [line(row, rival) for row in sorted(rows, key=order)]
         out.append("")
     return "\n".join(out)
 
@@ -136,10 +136,10 @@ def short_tables(report: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
-def order(row: dict[str, Any]) -> tuple[int, float]:
+def order(row: dict[str, Any]) -> int:
     kinds = ["dense", "fewer steps", "window", "cache", "cache + window"]
     kind = row["definition"]["kind"]
-    return (kinds.index(kind) if kind in kinds else len(kinds), 0.0)
+    return kinds.index(kind) if kind in kinds else len(kinds)
 
 
 def line(row: dict[str, Any], rival: Rival) -> str:

@@ -6,7 +6,7 @@ No ComfyUI import: a row is a schedule and a list of nodes with their inputs.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tiny_ltx.model import STUDENT_RECIPE
@@ -32,7 +32,7 @@ class Row:
     steps: int | None = None
     merged: str = UNIFORM
     sigmas: tuple[float, ...] | None = None
-    models: tuple[str, ...] = field(default=BOTH)
+    models: tuple[str, ...] = BOTH
 
     def schedule(self, own: tuple[float, ...], shift: float) -> tuple[float, ...]:
         """Sigmas of this row for a model whose own are `own`, ending in 0."""

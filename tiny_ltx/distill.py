@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from .captions import embed_captions
-from .clips import draw_clips, draw_ids
 from .model import STUDENT_RECIPE, TEACHER_RECIPE, read_weights
 from .trainer import IMAGE_SHARE, Trainer
 from .twin import Twin
@@ -50,26 +49,17 @@ class Distiller(Trainer):
         """Puts new states where clips have reached the end of the schedule."""
         clips, device, frame_clip = self.twin.clips, self.device, self.twin.frame_clip
         is_done = self.position >= len(self.sigmas) - 1
-        ids = draw_ids(clips, self.generator)
-        latents, fps, start = [], [], 0
-        for count, length in self.groups:
-            drawn = draw_clips(
-                count, length, self.generator, tuple(self.args.fps), ids=ids[start : start + count]
-            )
-            start += count
-            latents.append(self.codec.encode_pixels(drawn.pixels[:, None]) * self.codec.signal)
-            fps.append(drawn.fps)
+        real, ids, fps = self.draw_real()
         is_early = torch.rand(clips, generator=self.generator, device=device) < EARLY_SHARE
         position = torch.where(is_early, 0, LATE_START)
         is_image = torch.rand(clips, generator=self.generator, device=device) < IMAGE_SHARE
-        real = self.twin.pack(latents)
         noise = torch.randn(real.shape, generator=self.generator, device=device)
         level = self.sigmas[position][frame_clip]
         level = level.masked_fill(is_image[frame_clip] & self.is_first, 0.0)[:, None, None]
         state = (1 - level) * real + level * noise
         self.rows.copy_(torch.where(is_done[frame_clip][:, None, None], state, self.rows))
         self.ids.copy_(torch.where(is_done[:, None], ids, self.ids))
-        self.fps.copy_(torch.where(is_done, torch.cat(fps), self.fps))
+        self.fps.copy_(torch.where(is_done, fps, self.fps))
         self.position.copy_(torch.where(is_done, position, self.position))
         self.is_image.copy_(torch.where(is_done, is_image, self.is_image))
 

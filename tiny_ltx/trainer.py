@@ -139,9 +139,8 @@ class Trainer:
         self.loss = torch.zeros((), device=device)
         self.generator = torch.Generator(device).manual_seed(args.seed)
 
-    @torch.no_grad()
-    def draw(self) -> None:
-        """Draws the next step's clips into the fixed buffers."""
+    def draw_real(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """New clips of every group: rows of the codec's signal channels, ids [clips, 4], fps [clips]."""
         ids = draw_ids(self.twin.clips, self.generator)
         latents, fps, start = [], [], 0
         for count, length in self.groups:
@@ -151,9 +150,13 @@ class Trainer:
             start += count
             latents.append(self.codec.encode_pixels(clips.pixels[:, None]) * self.codec.signal)
             fps.append(clips.fps)
-        self.rows.copy_(self.twin.pack(latents))
-        self.ids.copy_(ids)
-        self.fps.copy_(torch.cat(fps))
+        return self.twin.pack(latents), ids, torch.cat(fps)
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Draws the next step's clips into the fixed buffers."""
+        for buffer, drawn in zip((self.rows, self.ids, self.fps), self.draw_real(), strict=True):
+            buffer.copy_(drawn)
 
     def step(self) -> None:
         """One optimizer step on the buffers; nothing in it waits for the host, so it can be a CUDA graph."""
