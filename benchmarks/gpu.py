@@ -1,12 +1,13 @@
-"""Times windows against dense attention at LTX-2 size on one GPU.
+"""Times settings against dense at LTX-2 size on one GPU.
 
-    python benchmarks/gpu.py [--out FILE] [--repeats 3] [--clips 2] [--only NAME ...] [--seconds 480] [--table]
+    python benchmarks/gpu.py [--out FILE] [--repeats 3] [--clips 2] [--only NAME ...] [--grounds NAME ...]
+    python benchmarks/gpu.py --table           # only the table of the rows that are there
 
-LTXAVModel with 48 blocks and random bf16 weights (40 GB), sampled through ComfyUI with the node applied.
-Per setting and clip: time of a step, time inside video self-attention (CUDA events around ComfyUI's
-attention function), peak memory. Rows that no longer fit into `--seconds` are left out and named. Rows of
-the output file that were measured on the same kind of GPU, PyTorch and ComfyUI and not again are kept; each
-row holds the dense times of its own process.
+LTXAVModel with 48 blocks and random bf16 weights (40 GB), sampled through ComfyUI with the nodes applied.
+Per ground (attention backend, where the weights lie), clip and setting: time of a step, time inside video
+self-attention (CUDA events around ComfyUI's attention function), peak memory. Every row holds the dense
+figures of its own process and ground. Rows that no longer fit into `--seconds` are left out and named; rows
+of the output file that were measured on the same kind of GPU, PyTorch and ComfyUI and not again are kept.
 """
 
 from __future__ import annotations
@@ -15,30 +16,67 @@ import argparse
 import importlib
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 
-import comfyui_tree
-
-comfyui_tree.use_comfyui()
-PACK = comfyui_tree.load_pack().__name__
+from runtime import PACK  # isort: split
 
 import comfy.ldm.modules.attention as comfy_attention
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
 import ltx2
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfyui_version import __version__ as comfyui_version
+from sampling import patch
+from torch.nn.attention import SDPBackend
 
-SETTINGS = [None] + [{"window": window, "sink_frames": sink} for sink in (0, 1) for window in (1, 2, 4)]
+# What an 8 GB card leaves to ComfyUI beside the desktop and CUDA itself.
+CARD_GIB = 7.2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Nodes between loader and sampler, and how much of the keys an interior query of theirs sees."""
+
+    name: str
+    nodes: tuple[tuple[str, dict[str, Any]], ...] = ()
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a comparison stands on: the backend of PyTorch's attention, and whether weights are streamed."""
+
+    name: str
+    backend: SDPBackend
+    is_streamed: bool = False
+    settings: tuple[str, ...] = ()
+
+
+def windowed(window: int, sink: int) -> Setting:
+    inputs = {"window": window, "sink_frames": sink, "start_percent": 0.0, "end_percent": 1.0}
+    name = f"±{window}, {sink} sink"
+    return Setting(name, (("ApplyTemporalWindow", {**inputs, "dense_blocks": 0}),), window)
+
+
+DENSE = Setting("dense")
+SETTINGS = (DENSE, *(windowed(window, sink) for sink in (0, 1) for window in (1, 2, 4)))
+DEFAULT = "±4, 1 sink"
+GROUNDS = (
+    Ground("flash", SDPBackend.FLASH_ATTENTION, settings=tuple(s.name for s in SETTINGS)),
+    Ground("cuDNN", SDPBackend.CUDNN_ATTENTION, settings=("dense", DEFAULT)),
+    Ground("flash, streamed", SDPBackend.FLASH_ATTENTION, is_streamed=True, settings=("dense", DEFAULT)),
+)
 ORDER = (1, 3, 0, 2, 4)
-REST = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": 0}
 
 
 class Stopwatch:
@@ -61,7 +99,7 @@ class Stopwatch:
 
 
 def measure(model: Any, clip: ltx2.Clip, repeats: int) -> dict[str, Any]:
-    """Median milliseconds of a step and of its video self-attention, and peak GiB above the weights."""
+    """Median milliseconds of a step and of its video self-attention, and peak GiB."""
     frames, height, width = clip.grid
     video_tokens = frames * height * width
     steps, attention = Stopwatch(), Stopwatch()
@@ -80,7 +118,6 @@ def measure(model: Any, clip: ltx2.Clip, repeats: int) -> dict[str, Any]:
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "benchmark", timed_step)
     torch.cuda.reset_peak_memory_stats()
-    weights = torch.cuda.memory_allocated()
     comfy_attention.optimized_attention = timed_attention
     try:
         ltx2.sample(model, clip, repeats + 1, "cuda")
@@ -89,10 +126,12 @@ def measure(model: Any, clip: ltx2.Clip, repeats: int) -> dict[str, Any]:
     blocks = len(attention.pairs) // len(steps.pairs)
     calls = attention.milliseconds()
     per_step = [sum(calls[i * blocks : (i + 1) * blocks]) for i in range(repeats + 1)]
+    weights = sum(p.nbytes for p in model.model.parameters() if p.is_cuda)
     return {
         "step_ms": statistics.median(steps.milliseconds()[1:]),
         "attention_ms": statistics.median(per_step[1:]),
         "attention_calls_a_step": blocks,
+        "weights_on_gpu_gib": weights / 2**30,
         "peak_gib_above_weights": (torch.cuda.max_memory_allocated() - weights) / 2**30,
     }
 
@@ -117,6 +156,35 @@ def check_kernel() -> float:
     return worst
 
 
+@contextmanager
+def standing_on(ground: Ground, model: Any) -> Iterator[Any]:
+    """The model as the ground has it: this attention backend where it can, never math; weights where it says."""
+    with mock.patch.object(
+        comfy.ops, "SDPA_BACKEND_PRIORITY", [ground.backend, SDPBackend.EFFICIENT_ATTENTION]
+    ):
+        if not ground.is_streamed:
+            yield model
+            return
+        mm.unload_all_models()
+        model.model.to("cpu")
+        torch.cuda.empty_cache()
+        limit = int(CARD_GIB * 2**30)
+        total = torch.cuda.mem_get_info()[1]
+        # The allocator refuses what the small card has not, and ComfyUI is told what is left of it.
+        torch.cuda.set_per_process_memory_fraction(limit / total)
+        try:
+            with mock.patch.object(
+                torch.cuda, "mem_get_info", lambda *_: (limit - torch.cuda.memory_reserved(), limit)
+            ):
+                yield comfy.model_patcher.ModelPatcher(
+                    model.model, load_device=model.load_device, offload_device=torch.device("cpu")
+                )
+                mm.unload_all_models()
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            model.model.to("cuda")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -126,7 +194,8 @@ def main() -> None:
     parser.add_argument(
         "--clips", type=int, default=len(ltx2.CLIPS), help="so many clips, most telling first"
     )
-    parser.add_argument("--only", nargs="+", help="settings by name besides dense, such as 'window 1 sink 0'")
+    parser.add_argument("--only", nargs="+", help="settings by name besides dense, such as '±1, 0 sink'")
+    parser.add_argument("--grounds", nargs="+", help="backends and placements by name, such as cuDNN")
     parser.add_argument(
         "--seconds", type=float, default=480, help="leave out what would start later than that"
     )
@@ -135,105 +204,141 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.table:
-        options.out.with_suffix(".md").write_text(table(json.loads(options.out.read_text())))
+        write_tables(json.loads(options.out.read_text()), options.out)
         return
     begin = time.monotonic()
-
-    node = importlib.import_module(f"{PACK}.nodes").ApplyTemporalWindow
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "comfyui": comfyui_version,
-        "attention_backend": getattr(comfy_attention.optimized_attention, "__name__", "unknown"),
+        "attention": getattr(comfy_attention.optimized_attention, "__name__", "unknown"),
         "model": "LTXAVModel, 48 blocks, 32×128 heads, random bf16 weights",
+        "card_gib": CARD_GIB,
         "fast_against_plain": check_kernel(),
         "rows": [],
         "left_out": [],
     }
     kept = kept_rows(options.out, report)
     model = ltx2.build_ltx2("cuda")
-    for index in ORDER[: options.clips]:
-        clip = ltx2.CLIPS[index]
-        dense: dict[str, Any] = {}
-        for setting in SETTINGS:
-            name = name_of(setting)
-            if options.only and setting is not None and name not in options.only:
-                continue
-            if time.monotonic() - begin > options.seconds:
-                report["left_out"].append(f"{clip.name}, {name}")
-                continue
-            patched = model if setting is None else node.execute(model, **setting, **REST).args[0]
-            row = {
-                "clip": clip.name,
-                "grid": clip.grid,
-                "setting": name,
-                **measure(patched, clip, options.repeats),
-            }
-            dense = row if setting is None else dense
-            row["dense_step_ms"], row["dense_attention_ms"] = dense["step_ms"], dense["attention_ms"]
-            row["step_of_dense"] = row["step_ms"] / dense["step_ms"]
-            row["attention_of_dense"] = row["attention_ms"] / dense["attention_ms"]
-            if setting is not None:
-                seen = min(1.0, (2 * setting["window"] + 1) / clip.grid[0])
-                row["attention_over_key_share"] = row["attention_of_dense"] / seen
-            kept[clip.name, name] = row
-            report["rows"] = in_order(kept)
-            print({key: value for key, value in row.items() if key not in ("grid",)}, flush=True)
-            options.out.write_text(json.dumps(report, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(table(report))
-    print(table(report))
+    for ground in GROUNDS:
+        if options.grounds and ground.name not in options.grounds:
+            continue
+        with standing_on(ground, model) as placed:
+            for index in ORDER[: options.clips]:
+                clip = ltx2.CLIPS[index]
+                dense: dict[str, Any] = {}
+                for setting in SETTINGS:
+                    if setting.name not in ground.settings:
+                        continue
+                    if options.only and setting != DENSE and setting.name not in options.only:
+                        continue
+                    if time.monotonic() - begin > options.seconds:
+                        report["left_out"].append(f"{ground.name}, {clip.name}, {setting.name}")
+                        continue
+                    figures = measure(patch(PACK, placed, setting.nodes), clip, options.repeats)
+                    dense = figures if setting == DENSE else dense
+                    row = {"ground": ground.name, "clip": clip.name, "grid": clip.grid}
+                    row |= {"setting": setting.name, **figures}
+                    row |= {
+                        f"dense_{key}": dense[key]
+                        for key in ("step_ms", "attention_ms", "peak_gib_above_weights")
+                    }
+                    row["step_of_dense"] = row["step_ms"] / dense["step_ms"]
+                    row["attention_of_dense"] = row["attention_ms"] / dense["attention_ms"]
+                    if setting.window is not None:
+                        seen = min(1.0, (2 * setting.window + 1) / clip.grid[0])
+                        row["attention_over_key_share"] = row["attention_of_dense"] / seen
+                    kept[ground.name, clip.name, setting.name] = row
+                    report["rows"] = in_order(kept)
+                    print({key: value for key, value in row.items() if key != "grid"}, flush=True)
+                    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_tables(report, options.out)
 
 
-def name_of(setting: dict[str, int] | None) -> str:
-    return "dense" if setting is None else f"window {setting['window']} sink {setting['sink_frames']}"
-
-
-def kept_rows(path: Path, report: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Rows of an earlier run by clip and setting, if it ran on the same ground."""
+def kept_rows(path: Path, report: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Rows of an earlier run by ground, clip and setting, if it ran on the same kind of machine."""
     if not path.exists():
         return {}
     earlier = json.loads(path.read_text())
-    if any(earlier[key] != report[key] for key in ("gpu", "torch", "comfyui", "attention_backend", "model")):
+    same = ("gpu", "torch", "comfyui", "attention", "model", "card_gib")
+    if any(earlier[key] != report[key] for key in same):
         return {}
-    return {(row["clip"], row["setting"]): row for row in earlier["rows"]}
+    return {(row["ground"], row["clip"], row["setting"]): row for row in earlier["rows"]}
 
 
-def in_order(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows by clip as listed in ltx2, then by setting: dense, without sink, with sink."""
-    clips = [clip.name for clip in ltx2.CLIPS]
+def in_order(rows: dict[tuple[str, str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by ground, clip and setting as they are listed."""
+    order = [
+        (ground.name, clip.name, setting.name)
+        for ground in GROUNDS
+        for clip in ltx2.CLIPS
+        for setting in SETTINGS
+    ]
+    return [rows[key] for key in sorted(rows, key=order.index)]
 
-    def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        return clips.index(row["clip"]), row["setting"] != "dense", row["setting"].split()[::-2]
 
-    return sorted(rows.values(), key=place)
+def tables(report: dict[str, Any]) -> tuple[str, str]:
+    """Markdown: everything, and what the README shows of it: step times, and the other grounds."""
+    rows = {(row["ground"], row["clip"], row["setting"]): row for row in report["rows"]}
+    names = [setting.name for setting in SETTINGS if setting != DENSE]
 
+    def by_setting(head: str, of_dense: Any, cell: Any) -> str:
+        out = ["| clip | T×tokens | " + " | ".join([head, *names]) + " |", "|---" * (3 + len(names)) + "|"]
+        for clip in ltx2.CLIPS:
+            dense, *others = (rows.get((GROUNDS[0].name, clip.name, name)) for name in ("dense", *names))
+            if dense is not None:
+                frames, height, width = clip.grid
+                cells = [clip.name, f"{frames}×{height * width}", of_dense(dense)]
+                out.append("| " + " | ".join([*cells, *(cell(row) if row else "" for row in others)]) + " |")
+        return "\n".join(out)
 
-def table(report: dict[str, Any]) -> str:
-    """Markdown, one row per clip: times as shares of dense, and attention time over the share of keys seen."""
-    rows = {(row["clip"], row["setting"]): row for row in report["rows"]}
-    names = [name_of(setting) for setting in SETTINGS[1:]]
-    heads = [f"±{setting['window']}, {setting['sink_frames']} sink" for setting in SETTINGS[1:]]
-    shares = ["| clip | T×tokens | dense step | " + " | ".join(heads) + " |", "|---" * (3 + len(names)) + "|"]
-    over = ["| clip | T×tokens | " + " | ".join(heads) + " |", "|---" * (2 + len(names)) + "|"]
-    for clip in ltx2.CLIPS:
-        if (clip.name, "dense") not in rows:
-            continue
-        frames, height, width = clip.grid
-        head = f"| {clip.name} | {frames}×{height * width} "
-        done = [rows.get((clip.name, name)) for name in names]
-        cells = [
-            f"{row['step_of_dense']:.0%} ({row['attention_of_dense']:.0%})" if row else "" for row in done
-        ]
-        shares.append(head + f"| {rows[clip.name, 'dense']['step_ms']:.0f} ms | " + " | ".join(cells) + " |")
-        cells = [f"{row['attention_over_key_share']:.2f}" if row else "" for row in done]
-        over.append(head + "| " + " | ".join(cells) + " |")
-    return (
+    def by_ground() -> str:
+        heads = [f"{ground.name}: dense, {DEFAULT}, peak" for ground in GROUNDS]
+        out = ["| clip | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+        for clip in ltx2.CLIPS:
+            cells = []
+            for ground in GROUNDS:
+                row = rows.get((ground.name, clip.name, DEFAULT))
+                peak = row["peak_gib_above_weights"] + row["weights_on_gpu_gib"] if row else 0
+                cells.append(
+                    f"{row['dense_step_ms']:.0f} ms, {row['step_of_dense']:.0%}, {peak:.1f} GiB"
+                    if row
+                    else ""
+                )
+            out.append(f"| {clip.name} | " + " | ".join(cells) + " |")
+        return "\n".join(out)
+
+    steps = (
         "Time of a step, and of its video self-attention in brackets, as a share of dense:\n\n"
-        + "\n".join(shares)
-        + "\n\nAttention time as a share of dense, divided by (2·window+1)/T:\n\n"
-        + "\n".join(over)
-        + "\n"
+        + by_setting(
+            "dense step",
+            lambda dense: f"{dense['step_ms']:.0f} ms",
+            lambda row: f"{row['step_of_dense']:.0%} ({row['attention_of_dense']:.0%})",
+        )
     )
+    grounds = (
+        "Other attention backends, and weights streamed from host memory within "
+        f"{report['card_gib']} GiB, as an 8 GB card has to: dense step, the window's share of it, and its peak with "
+        "weights:\n\n"
+    ) + by_ground()
+    over = "Attention time as a share of dense, divided by (2·window+1)/T:\n\n" + by_setting(
+        "dense attention",
+        lambda dense: f"{dense['attention_ms']:.0f} ms",
+        lambda row: f"{row['attention_over_key_share']:.2f}",
+    )
+    peaks = "Peak memory above the weights:\n\n" + by_setting(
+        "dense",
+        lambda dense: f"{dense['peak_gib_above_weights']:.1f} GiB",
+        lambda row: f"{row['peak_gib_above_weights']:.1f} GiB",
+    )
+    return "\n\n".join((steps, over, peaks, grounds)) + "\n", "\n\n".join((steps, grounds)) + "\n"
+
+
+def write_tables(report: dict[str, Any], path: Path) -> None:
+    full, short = tables(report)
+    path.with_suffix(".md").write_text(full)
+    path.with_name(f"{path.stem}_short.md").write_text(short)
+    print(full)
 
 
 if __name__ == "__main__":
