@@ -23,7 +23,7 @@ PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 TORCH = ["torch<2.15", "torchvision", "torchaudio"]
 TYPED = ["patches", "latents", "nodes"]
 # What also runs on the oldest ComfyUI release; its tree on the registry has no server.
-IN_PROCESS = ["tests/kernels", "tests/layouts", "tests/patches", "tests/comfy"]
+IN_PROCESS = ["tests/kernels", "tests/latents", "tests/layouts", "tests/patches", "tests/comfy"]
 OLDEST = "0.9.2"
 
 

@@ -1,5 +1,8 @@
 """The nodes of the pack, one file each."""
 
 from .apply_temporal_window import ApplyTemporalWindow
+from .keyframe_stride import KeyframeStride
+from .latent_flow_interpolate import LatentFlowInterpolate
+from .load_optical_flow import ThriftLoadOpticalFlow
 
-NODES = [ApplyTemporalWindow]
+NODES = [ApplyTemporalWindow, KeyframeStride, LatentFlowInterpolate, ThriftLoadOpticalFlow]

@@ -13,7 +13,7 @@ import torch
 from .kernels.tokens import VideoTokens
 from .layouts.layout import Layout, Site, Unclear
 from .run import OUTSIDE_RANGE, Run
-from .technique import Attend, AttentionCall, Technique
+from .technique import Attend, AttentionCall, AttentionTechnique
 
 OVERRIDE = "optimized_attention_override"
 PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -32,6 +32,10 @@ class Forward:
     tokens: VideoTokens | Unclear
     sigma: float
 
+    @property
+    def techniques(self) -> list[AttentionTechnique]:
+        return [entry for entry in self.run.plan if isinstance(entry, AttentionTechnique)]
+
 
 @contextmanager
 def bound_attention(forward: Forward) -> Iterator[None]:
@@ -41,7 +45,7 @@ def bound_attention(forward: Forward) -> Iterator[None]:
     copy of transformer_options: the module tells the role of the call, and whoever wrote to the slot, at
     whatever time, ends up below us.
     """
-    roles = {technique.role for technique in forward.run.plan}
+    roles = {technique.role for technique in forward.techniques}
     bound = [(module, site) for module, site in forward.layout.sites() if site.role in roles]
     before = [(module, vars(module).get("forward")) for module, _ in bound]
     try:
@@ -62,8 +66,8 @@ def _forward_module(
 ) -> Any:
     options = kwargs.get("transformer_options")
     if options is None:
-        techniques = [technique for technique in forward.run.plan if technique.role is site.role]
-        forward.run.count_call([(technique, NO_OPTIONS) for technique in techniques], 0, 1)
+        techniques = [technique for technique in forward.techniques if technique.role is site.role]
+        forward.run.count_attention([(technique, NO_OPTIONS) for technique in techniques], 0, 1)
         return original(*args, **kwargs)
     override = partial(_override, forward, site, kwargs.get("mask"), options)
     return original(*args, **{**kwargs, "transformer_options": {**options, OVERRIDE: override}})
@@ -92,9 +96,9 @@ def _override(
 
     call = _read_call(forward, site, module_mask, given)
     attend: Attend = innermost
-    outcomes: list[tuple[Technique, str | None]] = []
+    outcomes: list[tuple[AttentionTechnique, str | None]] = []
     share = 1.0
-    for technique in sorted(forward.run.plan, key=lambda t: t.stage, reverse=True):
+    for technique in sorted(forward.techniques, key=lambda t: t.stage, reverse=True):
         if technique.role is not site.role:
             continue
         reason = _reason_to_decline(forward, technique, call)
@@ -103,12 +107,12 @@ def _override(
             attend = partial(_attend, technique, call, attend)
             share *= technique.cost(call.tokens, call.rows)
     pairs = given["q"].shape[-2] * given["k"].shape[-2]
-    forward.run.count_call(outcomes, pairs, share)
+    forward.run.count_attention(outcomes, pairs, share)
     return attend(given["q"], given["k"], given["v"], given.get("mask"))
 
 
 def _attend(
-    technique: Technique,
+    technique: AttentionTechnique,
     call: AttentionCall,
     inner: Attend,
     q: torch.Tensor,
@@ -136,7 +140,9 @@ def _read_call(
     return AttentionCall(q, k, v, mask, rows, tokens, site)
 
 
-def _reason_to_decline(forward: Forward, technique: Technique, call: AttentionCall | Unclear) -> str | None:
+def _reason_to_decline(
+    forward: Forward, technique: AttentionTechnique, call: AttentionCall | Unclear
+) -> str | None:
     if isinstance(call, Unclear):
         return call.reason
     if not forward.run.clock.is_within(forward.sigma, technique.start_percent, technique.end_percent):

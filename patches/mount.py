@@ -9,9 +9,9 @@ from comfy.patcher_extension import WrappersMP
 
 from .attention import Forward, bound_attention
 from .layouts import read_layout
-from .layouts.layout import Unclear
+from .layouts.layout import Layout, Unclear
 from .run import Journal, Run, SigmaClock, summarise
-from .technique import Technique
+from .technique import CallTechnique, Technique
 
 KEY = "frame_thrift"
 PLAN = "frame_thrift_plan"
@@ -121,12 +121,30 @@ def _apply_model(
     run.count_forward()
     layout = read_layout(executor.class_obj.diffusion_model, x, options, conds)
     if isinstance(layout, Unclear):
-        run.count_call([(technique, layout.reason) for technique in run.plan], 0, 1)
+        for technique in run.plan:
+            run.count(technique, layout.reason)
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+    conds |= _adapted(run, layout)
     with bound_attention(
         Forward(run, layout, layout.video_tokens(), float(options.get("sigmas", t).flatten()[0]))
     ):
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+
+
+def _adapted(run: Run, layout: Layout) -> dict[str, Any]:
+    """What the plan's techniques want this forward to be told instead."""
+    told: dict[str, Any] = {}
+    for technique in run.plan:
+        if not isinstance(technique, CallTechnique):
+            continue
+        change = technique.adapt(layout)
+        run.count(technique, change if isinstance(change, str) else None)
+        if not isinstance(change, str):
+            told |= change
+            warning = technique.warn(layout)
+            if warning is not None and run.say_once(warning):
+                logger.warning("FrameThrift: %s", warning)
+    return told
 
 
 def _close(run: Run, model: Any, finished: bool) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .technique import Technique
+from .technique import AttentionTechnique, Technique
 
 OUTSIDE_RANGE = "OUTSIDE_RANGE"
 
@@ -65,7 +65,7 @@ class SigmaClock:
 
 @dataclass
 class Tally:
-    """What became of one technique in one run, in attention calls (forwards where none could be read)."""
+    """What became of one technique in one run, in its unit (forwards where no attention call could be read)."""
 
     taken: int = 0
     declined: Counter[str] = field(default_factory=Counter)
@@ -86,6 +86,7 @@ class Run:
         self._forwards = 0
         self._dense_pairs = 0.0
         self._computed_pairs = 0.0
+        self._said: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         return self
@@ -98,25 +99,40 @@ class Run:
         with self._lock:
             self._forwards += 1
 
-    def count_call(
+    def count(self, technique: Technique, reason: str | None) -> None:
+        """What became of one technique once: the reason why it declined, or None."""
+        with self._lock:
+            self._count(technique, reason)
+
+    def count_attention(
         self, outcomes: Iterable[tuple[Technique, str | None]], pairs: float, share: float
     ) -> None:
-        """One attention call: for each technique the reason why it declined or None, its pairs and the computed share."""
+        """One attention call: what became of each technique, its query-key pairs and the computed share."""
         with self._lock:
             for technique, reason in outcomes:
-                tally = self._tallies[technique.name]
-                if reason is None:
-                    tally.taken += 1
-                else:
-                    tally.declined[reason] += 1
+                self._count(technique, reason)
             self._dense_pairs += pairs
             self._computed_pairs += pairs * share
+
+    def _count(self, technique: Technique, reason: str | None) -> None:
+        tally = self._tallies[technique.name]
+        if reason is None:
+            tally.taken += 1
+        else:
+            tally.declined[reason] += 1
+
+    def say_once(self, warning: str) -> bool:
+        """Whether this was not said in this run before."""
+        with self._lock:
+            is_new = warning not in self._said
+            self._said.add(warning)
+            return is_new
 
     def warn_before(self) -> list[str]:
         """What is wrong with the plan before any step is computed."""
         warnings = []
         for technique in self.plan:
-            start, end = technique.start_percent, technique.end_percent
+            start, end = technique.percents
             if self.clock.steps and not self.clock.steps_within(start, end):
                 warnings.append(
                     f"FrameThrift: {technique.name} covers none of the {self.clock.steps} steps "
@@ -137,9 +153,11 @@ class Run:
                 "techniques": {
                     technique.name: {
                         "settings": technique.describe(),
-                        "steps": self.clock.steps_within(technique.start_percent, technique.end_percent),
+                        "unit": technique.unit,
+                        "steps": self.clock.steps_within(*technique.percents),
                         "taken": self._tallies[technique.name].taken,
                         "declined": dict(self._tallies[technique.name].declined),
+                        "is_expected": technique.expected >= self._tallies[technique.name].declined.keys(),
                     }
                     for technique in self.plan
                 },
@@ -157,13 +175,13 @@ def summarise(record: dict[str, Any], suspects: Sequence[str] = ()) -> list[tupl
         declined = ", ".join(f"{reason} ×{count}" for reason, count in sorted(entry["declined"].items()))
         total = sum(entry["declined"].values())
         if entry["taken"]:
-            text = f"{head}{entry['taken']} attention calls taken, {total} declined{f' ({declined})' if declined else ''}"
-            lines.append(
-                (False, f"{text}; video self-attention work {record['attention_share']:.0%} of dense.")
-            )
+            text = f"{head}{entry['taken']} {entry['unit']} taken, {total} declined{f' ({declined})' if declined else ''}"
+            if entry["unit"] == AttentionTechnique.unit:
+                text += f"; video self-attention work {record['attention_share']:.0%} of dense"
+            lines.append((False, f"{text}."))
         elif total:
             # A range without steps was warned about before the run.
-            is_news = bool(entry["steps"])
+            is_news = bool(entry["steps"]) and not entry["is_expected"]
             lines.append(
                 (is_news, f"{head}no effect, all {total} calls declined ({declined}); the result is stock.")
             )

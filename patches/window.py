@@ -10,7 +10,7 @@ import torch
 from .kernels.tokens import VideoTokens
 from .kernels.window import attend_window, visible_pairs
 from .layouts.layout import Role, Site
-from .technique import Attend, AttentionCall, Technique
+from .technique import Attend, AttentionCall, AttentionTechnique
 
 DENSE_BLOCK = "DENSE_BLOCK"
 GUIDE_QUERIES = "GUIDE_QUERIES"
@@ -18,7 +18,7 @@ WINDOW_COVERS_CLIP = "WINDOW_COVERS_CLIP"
 
 
 @dataclass(frozen=True)
-class TemporalWindow(Technique):
+class TemporalWindow(AttentionTechnique):
     """Frame t of T sees the 2·window + 1 frames nearest to it and the first `sink_frames`.
 
     Raises ValueError, naming the setting, for values outside their range.

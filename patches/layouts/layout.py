@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -50,6 +50,23 @@ class Layout(ABC):
     @abstractmethod
     def video_tokens(self) -> VideoTokens | Unclear:
         """The order of the video tokens in this forward."""
+
+    @abstractmethod
+    def clip_frames(self) -> int | Unclear:
+        """Latent frames of the whole clip, without guides, even if this forward sees a window of it."""
+
+    @abstractmethod
+    def stretched(self, factor: float) -> Mapping[str, Any] | Unclear:
+        """Named arguments of the call with which every video frame and guide lasts `factor` times as long."""
+
+    @abstractmethod
+    def seconds(self, clip_frames: int) -> float | Unclear:
+        """How long so many latent frames last in this forward."""
+
+    @property
+    @abstractmethod
+    def longest_seconds(self) -> float:
+        """The longest clip, in seconds, whose positions the model was made for."""
 
     @abstractmethod
     def query_rows(

@@ -25,6 +25,7 @@ ROLES = {
 
 UNCLEAR_SHAPE = "UNCLEAR_SHAPE"
 UNCLEAR_QUERY = "UNCLEAR_QUERY"
+NO_FRAME_RATE = "NO_FRAME_RATE"
 
 
 def read(
@@ -42,7 +43,9 @@ class LtxLayout(Layout):
         self._shape = _video_shape(x, conds.get("latent_shapes"))
         self._keyframe_idxs = conds.get("keyframe_idxs")
         self._denoise_mask = conds.get("denoise_mask")
-        anchor = getattr(options.get("context_window"), "causal_anchor_index", None)
+        self._frame_rate = conds.get("frame_rate")
+        self._window = options.get("context_window")
+        anchor = getattr(self._window, "causal_anchor_index", None)
         self._anchors = int(anchor is not None and anchor >= 0)
 
     def sites(self) -> Iterator[tuple[torch.nn.Module, Site]]:
@@ -72,6 +75,30 @@ class LtxLayout(Layout):
         per_frame_kept = kept.view(-1, per_frame).sum(dim=1).tolist()
         offsets = tuple(accumulate(per_frame_kept[:frames], initial=0))
         return VideoTokens(offsets, sum(per_frame_kept), self._anchors)
+
+    def clip_frames(self) -> int | Unclear:
+        total = getattr(self._window, "total_frames", None)
+        if total is not None:
+            return int(total)
+        tokens = self.video_tokens()
+        return tokens if isinstance(tokens, Unclear) else tokens.frames
+
+    def stretched(self, factor: float) -> Mapping[str, Any] | Unclear:
+        # Video and guide positions are divided by the frame rate; audio positions are seconds by themselves.
+        rate = self._rate()
+        return Unclear(NO_FRAME_RATE) if rate is None else {"frame_rate": rate / factor}
+
+    def seconds(self, clip_frames: int) -> float | Unclear:
+        rate = self._rate()
+        return Unclear(NO_FRAME_RATE) if rate is None else (8 * (clip_frames - 1) + 1) / rate
+
+    def _rate(self) -> float | None:
+        rate = self._frame_rate
+        return float(rate) if isinstance(rate, (int, float)) and rate > 0 else None
+
+    @property
+    def longest_seconds(self) -> float:
+        return float(self._model.positional_embedding_max_pos[0])
 
     def query_rows(
         self, q: torch.Tensor, mask: Any, module_mask: Any, tokens: VideoTokens

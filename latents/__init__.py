@@ -1,0 +1,1 @@
+"""Pure transforms of LATENTs and of decoded frames."""

@@ -1,0 +1,66 @@
+"""Optical flow by torchvision's RAFT (Teed and Deng, 2020, https://arxiv.org/abs/2003.12039)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# RAFT's pyramid needs feature maps of 16 at an eighth of the picture.
+SMALLEST = 128
+STEP = 8
+
+
+def build_raft(state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """raft_small or raft_large with these weights. Raises ValueError for weights of anything else."""
+    from torchvision.models.optical_flow import raft_large, raft_small
+
+    first = state.get("feature_encoder.convnormrelu.0.weight")
+    if first is None or not any(key.startswith("update_block.") for key in state):
+        raise ValueError(
+            "model_name: expected the state dict of torchvision's raft_small or raft_large, got a file without "
+            "'feature_encoder.' and 'update_block.' weights."
+        )
+    build = raft_large if first.shape[0] == 64 else raft_small
+    model = build(weights=None, progress=False)
+    model.load_state_dict(state)
+    return model.eval().float()
+
+
+class RaftFlow:
+    """Callable (a, b) -> flow [B, 2, H, W] between pictures [B, C, H, W] of any channels.
+
+    Pictures of other than three channels are shown by their three strongest principal components.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        height, width = a.shape[-2:]
+        if a.shape[1] != 3:
+            a, b = three_components(a, b)
+        zoom = max(1, -(-SMALLEST // min(height, width)))
+        size = (height * zoom, width * zoom)
+        pads = (0, -size[1] % STEP, 0, -size[0] % STEP)
+        shown = []
+        for picture in (a, b):
+            if zoom > 1:
+                picture = F.interpolate(picture, size=size, mode="bicubic", align_corners=False)
+            shown.append(F.pad(picture.clamp(0, 1) * 2 - 1, pads, mode="replicate"))
+        flow: torch.Tensor = self.model(*shown)[-1][:, :, : size[0], : size[1]]
+        return F.avg_pool2d(flow, zoom) / zoom if zoom > 1 else flow
+
+
+def three_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both pictures as three channels in 0..1: their common principal components, alike for the whole batch."""
+    both = torch.stack((a, b)).movedim(2, 0).flatten(1)
+    mean = both.mean(dim=1, keepdim=True)
+    _, vectors = torch.linalg.eigh((both - mean) @ (both - mean).T)
+    shown = vectors[:, -3:].T @ (both - mean)
+    low, high = shown.amin(dim=1, keepdim=True), shown.amax(dim=1, keepdim=True)
+    shown = ((shown - low) / (high - low).clamp(min=1e-6)).unflatten(1, (2, a.shape[0], *a.shape[-2:]))
+    pair = shown.movedim(0, 2)
+    return pair[0], pair[1]

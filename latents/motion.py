@@ -1,0 +1,177 @@
+"""Motion between two pictures without any weights, and pictures in between.
+
+Pictures are [B, C, H, W] of any channels, flows [B, 2, H, W] in pixels, x before y: a(p) is found again at b(p + flow).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+# Above this many pixels motion is estimated on a smaller picture.
+WORKING_PIXELS = 512 * 512
+# Shorter side of the coarsest picture of the pyramid.
+COARSEST = 8
+# Whole-pixel search around the coarser level's motion, and refinements after it.
+RADIUS = 2
+REFINEMENTS = 2
+# The pull towards standing still, as a share of the picture's contrast.
+STILLNESS = 0.01
+# A motion must leave less of the difference between two blocks than this share, or they stand still.
+GAIN = 0.7
+
+
+def warp(picture: torch.Tensor, flow: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
+    """picture(p + flow), edges repeated."""
+    x, y = _grid(flow)
+    height, width = flow.shape[-2:]
+    grid = torch.stack(
+        ((x + flow[:, 0]) * (2 / max(width - 1, 1)) - 1, (y + flow[:, 1]) * (2 / max(height - 1, 1)) - 1), -1
+    )
+    return F.grid_sample(picture, grid, mode=mode, padding_mode="border", align_corners=True)
+
+
+def _grid(flow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    height, width = flow.shape[-2:]
+    x = torch.arange(width, device=flow.device, dtype=flow.dtype)
+    y = torch.arange(height, device=flow.device, dtype=flow.dtype)
+    return x.expand(height, width), y[:, None].expand(height, width)
+
+
+def estimate_motion(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Flow from a to b: overlapping blocks are matched from coarse to fine, then refined by their gradients.
+
+    Where nothing tells of a motion, the answer is to stand still.
+    """
+    height, width = a.shape[-2:]
+    a, b = a.float(), b.float()
+    scale = 1
+    while height * width // scale**2 > WORKING_PIXELS:
+        scale *= 2
+    if scale > 1:
+        a, b = (F.avg_pool2d(p, scale, ceil_mode=True) for p in (a, b))
+    pyramid = [(a, b)]
+    while min(pyramid[-1][0].shape[-2:]) >= 2 * COARSEST:
+        a, b = (F.avg_pool2d(p, 2, ceil_mode=True) for p in (a, b))
+        pyramid.append((a, b))
+    flow = a.new_zeros(a.shape[0], 2, *a.shape[-2:])
+    for small_a, small_b in reversed(pyramid):
+        flow = resized(flow, small_a.shape[-2:])
+        flow = _median(_matched(small_a, small_b, flow))
+        for _ in range(REFINEMENTS):
+            flow = _refined(small_a, small_b, flow)
+        flow = _median(flow)
+    still, moved = (_box(_difference(small_a, end)) for end in (small_b, warp(small_b, flow, "bicubic")))
+    return resized(flow * (moved < GAIN * still), (height, width))
+
+
+def resized(flow: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
+    """The same motion on a picture of another size."""
+    if tuple(flow.shape[-2:]) == tuple(size):
+        return flow
+    factor = flow.new_tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).view(1, 2, 1, 1)
+    return F.interpolate(flow, size=tuple(size), mode="bilinear", align_corners=False) * factor
+
+
+def _box(values: torch.Tensor, radius: int = 2) -> torch.Tensor:
+    padded = F.pad(values, (radius,) * 4, mode="replicate")
+    return F.avg_pool2d(padded, 2 * radius + 1, stride=1)
+
+
+def _contrast(picture: torch.Tensor) -> torch.Tensor:
+    return picture.flatten(1).std(dim=1).view(-1, 1, 1, 1)
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference over channels [B, 1, H, W]."""
+    return (a - b).abs().mean(dim=1, keepdim=True)
+
+
+def _length(flow: torch.Tensor) -> torch.Tensor:
+    return flow.square().sum(dim=1, keepdim=True).sqrt()
+
+
+def _matched(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    """The best of all whole-pixel changes up to RADIUS around `flow`."""
+    shifts = [(dx, dy) for dy in range(-RADIUS, RADIUS + 1) for dx in range(-RADIUS, RADIUS + 1)]
+    # Dearer with distance, so that an empty block stays where it is.
+    pull = STILLNESS * _contrast(a)
+    costs = []
+    for dx, dy in shifts:
+        moved = flow + flow.new_tensor([dx, dy]).view(1, 2, 1, 1)
+        costs.append(_box(_difference(a, warp(b, moved))) + pull * (1 + _length(moved)).log())
+    best = torch.cat(costs, dim=1).argmin(dim=1)
+    return flow + flow.new_tensor(shifts)[best].movedim(-1, 1)
+
+
+def _refined(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    """One Gauss-Newton step of every block (Lucas and Kanade, 1981), pulled towards standing still."""
+    moved = warp(b, flow, "bicubic")
+    mean = (a + moved) / 2
+    padded = F.pad(mean, (1, 1, 1, 1), mode="replicate")
+    gx = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2
+    gy = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) / 2
+    rest = a - moved
+    xx, xy, yy, xr, yr = (
+        _box((p * q).mean(dim=1, keepdim=True))
+        for p, q in ((gx, gx), (gx, gy), (gy, gy), (gx, rest), (gy, rest))
+    )
+    pull = (STILLNESS * _contrast(a)).square()
+    xx, yy = xx + pull, yy + pull
+    xr, yr = xr - pull * flow[:, :1], yr - pull * flow[:, 1:]
+    determinant = xx * yy - xy * xy + 1e-20
+    step = torch.cat(((yy * xr - xy * yr) / determinant, (xx * yr - xy * xr) / determinant), dim=1)
+    return flow + step.clamp(-1, 1)
+
+
+def _median(flow: torch.Tensor) -> torch.Tensor:
+    batch, _, height, width = flow.shape
+    patches = F.unfold(F.pad(flow.reshape(-1, 1, height, width), (1, 1, 1, 1), mode="replicate"), 3)
+    return patches.median(dim=1).values.view(batch, 2, height, width)
+
+
+def blend(
+    a: torch.Tensor, b: torch.Tensor, forth: torch.Tensor, back: torch.Tensor, t: float
+) -> torch.Tensor:
+    """The picture at time t in (0, 1) between a (0) and b (1), given the flows from a to b and from b to a.
+
+    Two layers: what stands still is a plain mixture of both ends, without those places of an end that moved
+    away; over it lies what moves, fetched from both ends along the motion that passes there at time t.
+    """
+    moves_a, moves_b = _is_moving(forth), _is_moving(back)
+    # Where both ends moved away nothing is known of what lies behind; the plain mixture has to do.
+    stays_a, stays_b = (1 - t) * (1 - moves_a + 1e-3), t * (1 - moves_b + 1e-3)
+    still = (stays_a * a + stays_b * b) / (stays_a + stays_b)
+    landed = splat(torch.cat((moves_a, moves_a * forth), dim=1), forth * t) * (1 - t)
+    landed = landed + splat(torch.cat((moves_b, moves_b * -back), dim=1), back * (1 - t)) * t
+    passing = landed[:, 1:] / landed[:, :1].clamp(min=1e-6)
+    to_a, to_b = -t * passing, (1 - t) * passing
+    from_a = (1 - t) * (warp(moves_a, to_a) + 1e-3)
+    from_b = t * (warp(moves_b, to_b) + 1e-3)
+    moving = (from_a * warp(a, to_a, "bicubic") + from_b * warp(b, to_b, "bicubic")) / (from_a + from_b)
+    cover = landed[:, :1].clamp(max=1)
+    return cover * moving + (1 - cover) * still
+
+
+def _is_moving(flow: torch.Tensor) -> torch.Tensor:
+    """0 to 1 [B, 1, H, W]: for less than a pixel a plain mixture of both ends is the better in-between."""
+    return (_length(flow) * 2 - 1).clamp(0, 1)
+
+
+def splat(values: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    """Sums of `values` [B, C, H, W] carried along `flow`, each shared among the four pixels around its end."""
+    batch, channels, height, width = values.shape
+    x, y = _grid(flow)
+    end_x, end_y = x + flow[:, 0], y + flow[:, 1]
+    left, top = end_x.floor(), end_y.floor()
+    out = values.new_zeros(batch, channels, height * width)
+    for dx in (0, 1):
+        for dy in (0, 1):
+            px, py = left + dx, top + dy
+            share = (1 - (end_x - px).abs()) * (1 - (end_y - py).abs())
+            is_inside = (px >= 0) & (px < width) & (py >= 0) & (py < height)
+            index = (py.clamp(0, height - 1) * width + px.clamp(0, width - 1)).long().view(batch, 1, -1)
+            out.scatter_add_(
+                2, index.expand(-1, channels, -1), (values * (share * is_inside)[:, None]).flatten(2)
+            )
+    return out.view(batch, channels, height, width)

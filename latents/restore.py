@@ -1,0 +1,97 @@
+"""From a strided LATENT back to one of full length."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .interpolate import Estimate, frame_times, in_between, latent_times
+from .stride import NOTE, StrideNote, mask_of, strided_length, video_frames, video_of, with_video
+
+logger = logging.getLogger(__name__)
+
+# Called after every picture with how many are done and how many there will be.
+OnPicture = Callable[[int, int], None]
+
+
+def note_for(latent: dict[str, Any], stride: int = 0, length: int = 0) -> StrideNote | None:
+    """How to restore `latent`: from its note, or as given (length in video frames); None if neither tells.
+
+    Raises ValueError, naming the input, for a length or stride that does not go with the latent's.
+    """
+    strided = video_of(latent).shape[2]
+    note = StrideNote.read(latent)
+    if not stride and not length:
+        if note is None:
+            logger.warning(
+                "FrameThrift: Latent Flow Interpolate found no stride in the latent, or one of another length; the "
+                "latent is handed on as it is. If a node in between dropped the note, set stride and length."
+            )
+        return note
+    if not length:
+        frames = note.frames if note is not None and note.stride == stride else stride * (strided - 1) + 1
+    else:
+        frames = (length - 1) // 8 + 1
+    if not stride:
+        stride = note.stride if note is not None else math.ceil((frames - 1) / max(strided - 1, 1))
+    if strided_length(frames, stride) != strided:
+        raise ValueError(
+            f"length: {video_frames(frames)} video frames at stride {stride} make {strided_length(frames, stride)} "
+            f"latent frames, but the latent has {strided}. With this stride set length between "
+            f"{video_frames(stride * (strided - 2) + 2)} and {video_frames(stride * (strided - 1) + 1)}."
+        )
+    return StrideNote(stride, frames, strided)
+
+
+def restore_latents(
+    latent: dict[str, Any],
+    note: StrideNote,
+    method: str,
+    estimate: Estimate | None,
+    device: torch.device,
+    on_picture: OnPicture,
+) -> dict[str, Any]:
+    """`latent` at its full length, its latent frames in between mixed as they are: a preview."""
+    video = video_of(latent)
+    times, wanted = latent_times(note.strided_frames, note.stride), latent_times(note.frames)
+    out = video.new_empty(*video.shape[:2], note.frames, *video.shape[3:])
+    for place, picture in in_between(video, times, wanted, method, estimate, device):
+        out[:, :, place] = picture
+        on_picture(place + 1, note.frames)
+    return restored(latent, note, out)
+
+
+def restore_frames(
+    frames: torch.Tensor,
+    note: StrideNote,
+    method: str,
+    estimate: Estimate | None,
+    device: torch.device,
+    on_picture: OnPicture,
+) -> torch.Tensor:
+    """Low-rate frames [B, F', H, W, 3] -> frames [B, F, H, W, 3] at the full rate."""
+    total = video_frames(note.frames)
+    times, wanted = frame_times(frames.shape[1], note.stride), frame_times(total)
+    out = frames.new_empty(frames.shape[0], total, *frames.shape[2:])
+    clip = frames.movedim(-1, 1)
+    for place, picture in in_between(clip, times, wanted, method, estimate, device):
+        out[:, place] = picture.movedim(1, -1).clamp(0, 1)
+        on_picture(place + 1, total)
+    return out
+
+
+def restored(latent: dict[str, Any], note: StrideNote, video: torch.Tensor) -> dict[str, Any]:
+    """`latent` with the full-length `video`, its first frame and that frame's mask kept, and no note."""
+    strided, mask = video_of(latent), mask_of(latent)
+    video = torch.cat((strided[:, :, :1], video[:, :, 1:].to(strided)), dim=2)
+    if mask is not None:
+        # A frame in between takes the mask of the one after it: the first frame's is its own.
+        after = (torch.arange(note.frames) / note.stride).ceil().long()
+        mask = mask[:, :, after]
+    out = with_video(latent, video, mask)
+    out.pop(NOTE, None)
+    return out

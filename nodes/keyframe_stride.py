@@ -1,0 +1,102 @@
+"""Node KeyframeStride: the same seconds with fewer latent frames."""
+
+import logging
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..latents import pixels
+from ..latents.stride import StrideNote, thin
+from ..patches.keyframes import KeyframeTimes
+from ..patches.mount import mount
+
+logger = logging.getLogger(__name__)
+
+SAFE_RATE = 20.0
+
+
+class KeyframeStride(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="KeyframeStride",
+            display_name="Keyframe Stride",
+            category="FrameThrift",
+            description=(
+                "LTX-Video and LTX-2. Diffuses fewer latent frames for the same seconds: the clip comes out at the "
+                "frame rate divided by stride, and everything in a step gets cheaper by about that factor. It is "
+                "exactly the stock graph with a shorter latent and a lower frame rate. In-between frames come from "
+                "Latent Flow Interpolate or a frame interpolation model. It is another clip than the full one, not a "
+                "preview of it, and depends on how well the weights know low frame rates; fast motion suffers first."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="An LTX-Video or LTX-2 model. It is cloned, not changed."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip=(
+                        "The full-length video or audio-video latent. Audio keeps its length. Add guides after this "
+                        "node, with frame numbers of the low frame rate."
+                    ),
+                ),
+                io.Int.Input(
+                    "stride",
+                    default=2,
+                    min=1,
+                    max=8,
+                    tooltip=(
+                        "Every how many frames are diffused. 2 halves the cost; larger saves more and leaves more of "
+                        "the motion to the in-betweening. 1 changes nothing."
+                    ),
+                ),
+                io.Float.Input(
+                    "frame_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip=(
+                        "The full frame rate, to hand on the low one. 0 = not given. The conditioning keeps the full "
+                        "rate either way."
+                    ),
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Needed only when the latent holds a video: it is decoded, thinned and encoded again.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(),
+                io.Latent.Output(),
+                io.Float.Output(
+                    display_name="frame_rate",
+                    tooltip="The low frame rate, for a clip that is shown without in-betweening; 0 if none was given.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, latent: dict[str, Any], stride: int, frame_rate: float = 0.0, vae: Any = None
+    ) -> io.NodeOutput:
+        if stride == 1:
+            return io.NodeOutput(model, latent, frame_rate)
+
+        def reencode(video: Any, thin_frames: Any) -> Any:
+            return pixels.encode(vae, thin_frames(pixels.decode(vae, video)))
+
+        thinned = thin(latent, stride, None if vae is None else reencode)
+        note = StrideNote.read(thinned)
+        assert note is not None
+        low = frame_rate / stride
+        if 0 < low < SAFE_RATE:
+            logger.warning(
+                "FrameThrift: keyframe stride %d makes %g frames a second. LTX-2 is made for 24 to 50; 48 or 50 down to "
+                "24 or 25 is safe, lower depends on the weights: compare one clip of the same seed and prompt with and "
+                "without stride before you rely on it.",
+                stride,
+                low,
+            )
+        patched = mount(model, KeyframeTimes(stride, note.frames, note.strided_frames))
+        return io.NodeOutput(patched, thinned, low)

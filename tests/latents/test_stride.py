@@ -1,0 +1,215 @@
+"""Thinning a LATENT and bringing it back: lengths, contents, masks, notes, and errors that say what to do."""
+
+from __future__ import annotations
+
+import comfy.nested_tensor
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.fixture
+def stride(pack):
+    return pack("latents.stride")
+
+
+@pytest.fixture
+def restore(pack):
+    return pack("latents.restore")
+
+
+def empty(frames=9, batch=1, grid=(2, 3), **more):
+    return {"samples": torch.zeros(batch, 128, frames, *grid), **more}
+
+
+def with_audio(latent, audio):
+    return {**latent, "samples": comfy.nested_tensor.NestedTensor((latent["samples"], audio))}
+
+
+@given(st.integers(2, 200), st.integers(1, 8))
+def test_lengths(pack, frames, step):
+    length = pack("latents.stride").strided_length(frames, step)
+    # Long enough to cover the clip, and no longer than that takes.
+    assert (length - 1) * step >= frames - 1 > (length - 2) * step
+
+
+def test_an_empty_latent(stride):
+    latent = empty(batch_index=[4], downscale_ratio_spacial=32)
+    before = {key: value for key, value in latent.items()}
+    thinned = stride.thin(latent, 3)
+    assert thinned["samples"].shape == (1, 128, 4, 2, 3) and not thinned["samples"].any()
+    assert thinned["batch_index"] == [4] and thinned["downscale_ratio_spacial"] == 32
+    assert thinned[stride.NOTE] == {"stride": 3, "frames": 9, "strided_frames": 4}
+    assert latent == before and latent["samples"] is before["samples"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_frame_keeps_its_image_and_mask(stride, restore, dtype):
+    latent = empty(batch=2)
+    latent["samples"] = latent["samples"].to(dtype)
+    latent["samples"][:, :, 0] = torch.randn(2, 128, 2, 3).to(dtype)
+    mask = torch.ones(2, 1, 9, 1, 1)
+    mask[:, :, 0] = 0.0
+    mask[:, :, 4:] = 0.7
+    latent["noise_mask"] = mask
+    thinned = stride.thin(latent, 2)
+    assert thinned["samples"].dtype == dtype
+    assert torch.equal(thinned["samples"][:, :, 0], latent["samples"][:, :, 0])
+    assert thinned["noise_mask"].flatten(2)[0, 0].tolist() == pytest.approx([0.0, 1.0, 0.7, 0.7, 0.7])
+
+    note = stride.StrideNote.read(thinned)
+    full = restore.restored(thinned, note, torch.randn(2, 128, 9, 2, 3))
+    assert torch.equal(full["samples"][:, :, 0], latent["samples"][:, :, 0])
+    assert full["noise_mask"].flatten(2)[0, 0].tolist() == pytest.approx([0.0, 1, 1] + [0.7] * 6)
+    assert full["samples"].dtype == dtype and stride.NOTE not in full
+
+
+def test_masks_of_another_shape_are_left_to_core(stride):
+    mask = torch.rand(1, 64, 96)
+    assert stride.thin(empty(noise_mask=mask), 2)["noise_mask"] is mask
+
+
+def test_audio_keeps_its_length(stride):
+    audio = torch.randn(1, 8, 33, 16)
+    masks = comfy.nested_tensor.NestedTensor((torch.ones(1, 1, 9, 1, 1), torch.ones(1, 1, 33, 16)))
+    thinned = stride.thin({**with_audio(empty(), audio), "noise_mask": masks}, 4)
+    video, kept = thinned["samples"].unbind()
+    assert video.shape[2] == 3 and kept is audio
+    assert [tuple(mask.shape[2:]) for mask in thinned["noise_mask"].unbind()] == [(3, 1, 1), (33, 16)]
+
+
+def test_a_video_is_decoded_thinned_and_encoded(stride):
+    """Latent frames whose eight values are numbers of video frames, in a codec that just regroups them."""
+    numbers = torch.arange(65.0)
+    latent = empty()
+    latent["samples"][:, :8, 0] = numbers[0]
+    latent["samples"][:, :8, 1:] = numbers[1:].view(8, 8).T[None, :, :, None, None]
+
+    def reencode(video, thin_frames):
+        frames = torch.cat((video[:, :1, 0], video[:, :8, 1:].transpose(1, 2).flatten(1, 2)), dim=1)
+        frames = thin_frames(frames[..., None].expand(-1, -1, -1, -1, 3))[..., 0]
+        out = torch.zeros(1, 128, (frames.shape[1] - 1) // 8 + 1, 2, 3)
+        out[:, :8, 1:] = frames[:, 1:].unflatten(1, (-1, 8)).transpose(1, 2)
+        return out
+
+    latent["samples"][:, 8:] = 0.0
+    thinned = stride.thin(latent, 2, reencode)["samples"]
+    assert torch.equal(thinned[:, :, 0], latent["samples"][:, :, 0])
+    assert thinned[0, :8, 1:, 0, 0].T.flatten().tolist() == list(range(2, 66, 2))
+    # Three does not divide 64: the clip's last frame fills up the end.
+    assert stride.thin(latent, 3, reencode)["samples"][0, :8, -1, 0, 0].tolist() == [
+        51,
+        54,
+        57,
+        60,
+        63,
+        64,
+        64,
+        64,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "step", "words"),
+    [
+        (lambda: empty(1), 2, "single latent frame"),
+        (lambda: empty(3), 3, "Set it to 2 or less"),
+        (lambda: {"samples": torch.zeros(1, 4, 8, 8)}, 2, "expected a video latent"),
+        (lambda: {"samples": torch.ones(1, 128, 9, 2, 3)}, 2, "Connect vae"),
+    ],
+)
+def test_errors_say_what_to_do(stride, make, step, words):
+    with pytest.raises(ValueError, match=words):
+        stride.thin(make(), step)
+
+
+def test_latents_with_guides_are_refused(stride):
+    guided = empty(10)
+    guided["samples"][:, :, -1] = 1.0
+    guided["noise_mask"] = torch.ones(1, 1, 10, 1, 1)
+    guided["noise_mask"][:, :, -1] = 0.0
+    with pytest.raises(ValueError, match="add guides after KeyframeStride"):
+        stride.thin(guided, 2)
+    video = {**guided, "samples": torch.ones(1, 128, 10, 2, 3)}
+    with pytest.raises(ValueError, match="add guides after KeyframeStride"):
+        stride.thin(video, 2, lambda *_: torch.zeros(1))
+
+
+def test_a_strided_latent_is_not_strided_again(stride):
+    with pytest.raises(ValueError, match="strided already"):
+        stride.thin(stride.thin(empty(), 2), 2)
+
+
+def test_a_note_of_another_length_is_ignored(stride, restore, caplog):
+    stale = {**empty(7), stride.NOTE: {"stride": 2, "frames": 9, "strided_frames": 5}}
+    assert stride.StrideNote.read(stale) is None
+    assert restore.note_for(stale) is None and "set stride and length" in caplog.text
+    assert stride.StrideNote.read({**empty(5), stride.NOTE: "odd"}) is None
+
+
+@pytest.mark.parametrize(
+    ("given_stride", "length", "frames"),
+    [(2, 0, 9), (0, 65, 9), (2, 57, 8), (2, 65, 9), (4, 0, 17), (3, 90, 12)],
+)
+def test_stride_and_length_by_hand(stride, restore, given_stride, length, frames):
+    note = restore.note_for(empty(5), given_stride, length)
+    assert note.frames == frames and note.strided_frames == 5
+
+
+def test_a_length_that_does_not_fit_names_those_that_do(restore):
+    with pytest.raises(ValueError, match="between 57 and 65"):
+        restore.note_for(empty(5), 2, 97)
+
+
+@pytest.mark.parametrize("method", ["linear", "smooth", "motion"])
+def test_latents_come_back_at_the_right_times(pack, restore, stride, method):
+    """A latent that rises with time, thinned at the times of a stride, comes back as it was."""
+    times = pack("latents.interpolate").latent_times
+    note = stride.StrideNote(2, 9, 5)
+    rising = times(5, 2).float().view(1, 1, 5, 1, 1).expand(1, 128, 5, 2, 3) / 50
+    latent = note.write({"samples": rising})
+    seen = []
+    estimate = pack("latents.motion").estimate_motion
+    out = restore.restore_latents(
+        latent, note, method, estimate, torch.device("cpu"), lambda *at: seen.append(at)
+    )
+    # The middle of the last long latent frame is the last there is to know.
+    expected = times(9).clamp(max=57).float() / 50
+    assert torch.allclose(out["samples"][0, 0, :, 0, 0], expected, atol=1e-5)
+    assert seen == [(i + 1, 9) for i in range(9)]
+
+
+@pytest.mark.parametrize("method", ["linear", "smooth", "motion"])
+@pytest.mark.parametrize("step", [2, 3])
+def test_frames_come_back_at_the_right_times(pack, restore, stride, method, step):
+    frames, short = 7, stride.strided_length(7, step)
+    note = stride.StrideNote(step, frames, short)
+    low = (torch.arange(8 * short - 7) * step / 64).view(1, -1, 1, 1, 1).expand(2, -1, 4, 5, 3)
+    estimate = pack("latents.motion").estimate_motion
+    full = restore.restore_frames(low, note, method, estimate, torch.device("cpu"), lambda *_: None)
+    assert full.shape == (2, 49, 4, 5, 3)
+    assert torch.allclose(full[0, :, 0, 0, 0], torch.arange(49) / 64, atol=1e-5)
+    # Frames that were there are not touched.
+    assert torch.equal(full[:, ::step], low[:, : full[:, ::step].shape[1]])
+
+
+def test_smooth_has_no_kinks_and_no_overshoot(pack):
+    module = pack("latents.interpolate")
+    clip = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.2]).view(1, 1, 5, 1, 1)
+    times, wanted = module.frame_times(5, 8), torch.arange(0, 32.01, 0.25, dtype=torch.float64)
+    out = torch.cat([p.flatten() for _, p in module.in_between(clip, times, wanted, "smooth")])
+    assert out.min() >= 0 and out.max() <= 1
+    slopes = out.diff() / 0.25
+    assert slopes.diff().abs().max() < 0.03
+    linear = torch.cat([p.flatten() for _, p in module.in_between(clip, times, wanted, "linear")])
+    assert (linear.diff() / 0.25).diff().abs().max() > 0.1
+
+
+def test_an_error_in_the_callback_stops_the_work(restore, stride):
+    def stop(done, total):
+        raise InterruptedError
+
+    note = stride.StrideNote(2, 9, 5)
+    with pytest.raises(InterruptedError):
+        restore.restore_latents(note.write(empty(5)), note, "linear", None, torch.device("cpu"), stop)
