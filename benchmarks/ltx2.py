@@ -19,15 +19,17 @@ TEXT_TOKENS = 128
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip by its video frames and pixels."""
+    """A clip by its video frames and pixels; `sounds_for` video frames if its audio is longer than that."""
 
     frames: int
     width: int
     height: int
+    sounds_for: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.frames} f {self.width}×{self.height}"
+        sound = f" with audio of {self.sounds_for} f" if self.sounds_for else ""
+        return f"{self.frames} f {self.width}×{self.height}{sound}"
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -37,7 +39,12 @@ class Clip:
     @property
     def audio_frames(self) -> int:
         """Latent audio frames at 25 a second and 24 video frames a second."""
-        return round(self.frames / 24 * 25)
+        return round((self.sounds_for or self.frames) / 24 * 25)
+
+    def strided(self, stride: int) -> Clip:
+        """The clip that KeyframeStride makes of this one."""
+        frames = 8 * -(-(self.grid[0] - 1) // stride) + 1
+        return Clip(frames, self.width, self.height, sounds_for=self.frames)
 
 
 CLIPS = (

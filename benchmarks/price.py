@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
+import comfy.model_management as mm
 import ltx2
 import torch
+from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
 from sampling import patch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,6 +51,13 @@ class PriceList:
         self.pack, self.blocks, self.known = pack, blocks, known
         self.models: dict[int, Any] = {}
 
+    def vae(self, clip: ltx2.Clip, work: str) -> float:
+        """FLOPs to "decode" or "encode" this clip; audio is not part of it."""
+        prices = self.known.setdefault(f"VAE {clip.frames} f {clip.width}×{clip.height}", {})
+        if work not in prices:
+            prices.update(count_vae(clip))
+        return prices[work]
+
     def forward(self, clip: ltx2.Clip, nodes: Nodes) -> float:
         """FLOPs of one forward in which all of `nodes` act, whatever part of the schedule they are set to."""
         acting = [(name, {**inputs, "start_percent": 0.0, "end_percent": 1.0}) for name, inputs in nodes]
@@ -64,6 +74,23 @@ class PriceList:
         if blocks not in self.models:
             self.models[blocks] = ltx2.build_ltx2("meta", blocks=blocks)
         return self.models[blocks]
+
+
+def count_vae(clip: ltx2.Clip) -> dict[str, float]:
+    """FLOPs of decoding and of encoding a clip with LTX's video VAE (0.9.5, whose layout ComfyUI knows)."""
+    shape = (1, 128, *clip.grid)
+    with (
+        # Both cut their work by the memory that is there, which the meta device does not know.
+        mock.patch.object(mm, "get_total_memory", lambda *_, **__: 2**50),
+        torch.device("meta"),
+        torch.no_grad(),
+    ):
+        vae = VideoVAE(version=2)
+        with FlopCounterMode(display=False) as decoding:
+            vae.decode(torch.empty(shape), output_buffer=torch.empty(vae.decoder.decode_output_shape(shape)))
+        with FlopCounterMode(display=False) as encoding:
+            vae.encode(torch.empty(1, 3, clip.frames, clip.height, clip.width))
+    return {"decode": decoding.get_total_flops(), "encode": encoding.get_total_flops()}
 
 
 def shown(inputs: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import statistics
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,10 @@ import torch
 from comfyui_version import __version__ as comfyui_version
 from price import PriceList
 from report import write_report
-from rows import DENSE, ROWS, STUDENT, TEACHER, Row
+from rows import DENSE, PESSIMIST, ROWS, STUDENT, TEACHER, Row
 from sampling import FPS, decode, sample_clips
 
+from tiny_ltx.captions import SPEEDS
 from tiny_ltx.clips import draw_clips, draw_ids
 from tiny_ltx.codec import Codec
 from tiny_ltx.model import HERE as TINY
@@ -42,12 +42,15 @@ from tiny_ltx.probe import frechet_distance, load_probe, read_clips
 MODELS = {
     TEACHER: (TINY / "weights.safetensors", TEACHER_RECIPE),
     STUDENT: (TINY / "student" / "weights.safetensors", STUDENT_RECIPE),
+    PESSIMIST: (TINY / "pessimist" / "weights.safetensors", TEACHER_RECIPE),
 }
 LENGTHS = (13, 25)
 SEEDS = (0, 1, 2)
 # The sizes at which a row's FLOPs are counted.
 PRICED = (ltx2.CLIPS[0], ltx2.CLIPS[1], ltx2.CLIPS[3])
 REAL_DRAWS = 4
+# Clips of one speed that its Frechet distance has to rest on, about.
+FEWEST = 80
 
 
 class Judge:
@@ -122,7 +125,21 @@ class Judge:
             if dense is not None:
                 read["psnr"] = metrics.psnr(clips[i], dense[i]).mean().item()
             figures.append(read)
-        return pooled(figures, features, references)
+        out = pooled(figures, features, references)
+        if self.clips * len(SEEDS) >= len(SPEEDS) * FEWEST:
+            out["by_speed"] = {word: self._of_speed(i, features, references) for i, word in enumerate(SPEEDS)}
+        return out
+
+    def _of_speed(
+        self, speed: int, features: list[torch.Tensor], references: list[torch.Tensor]
+    ) -> dict[str, float]:
+        """Frechet distance of the clips prompted at one speed to real ones of that speed."""
+        is_chosen = [self.ids[seed][:, 3] == speed for seed in SEEDS]
+        chosen = torch.cat([found[is_one] for found, is_one in zip(features, is_chosen, strict=True)])
+        real = torch.cat(
+            [found[is_one.repeat(REAL_DRAWS)] for found, is_one in zip(references, is_chosen, strict=True)]
+        )
+        return {"clips": len(chosen), "frechet": frechet_distance(chosen, real)}
 
 
 def pooled(
@@ -159,7 +176,7 @@ def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
                     "model": name,
                     "row": row.name,
                     "frames": frames,
-                    "definition": json.loads(json.dumps(asdict(row))),
+                    "definition": row.definition,
                     "weights": weights_digest,
                     "clips": per_seed * len(SEEDS),
                 }
@@ -212,19 +229,45 @@ def save(report: dict[str, Any], path: Path) -> None:
 
 
 def price_rows(report: dict[str, Any]) -> None:
-    """Executed FLOPs of every row at LTX-2 size, as a share of dense."""
+    """FLOPs of every row at LTX-2 size, as a share of sampling dense.
+
+    Steps and blocks that ran; for strided rows also what their decoding and encoding takes more (or less) than
+    decoding the dense clip once.
+    """
     prices = PriceList(PACK, TRANSFORMER_CONFIG["num_layers"], report["flops_of_a_forward"])
     for entry in report["rows"]:
-        nodes = [tuple(node) for node in entry["definition"]["nodes"]]
-        own = len(MODELS[entry["model"]][1].sigmas) - 1
+        definition, recipe = entry["definition"], MODELS[entry["model"]][1]
+        passes = 1 if recipe.cfg == 1 else 2
+        striding = definition.get("striding")
         entry["cost"] = {}
         for clip in PRICED:
-            dense = own * prices.forward(clip, ())
+            first = clip if striding is None else clip.strided(striding["stride"])
             totals = [
-                sum(prices.forward(clip, acting(nodes, run, step)) for step in run["executed"])
+                passes * price_stage(prices, first, definition["nodes"], run)
+                + (
+                    passes * price_stage(prices, clip, striding["nodes"], run["second"])
+                    if "second" in run
+                    else 0
+                )
                 for run in entry["runs"]
             ]
-            entry["cost"][clip.name] = statistics.mean(totals) / dense
+            total = statistics.mean(totals)
+            if striding is not None and striding["has_vae"]:
+                total += prices.vae(first, "decode")
+                total += (
+                    prices.vae(clip, "encode")
+                    if "second" in entry["runs"][0]
+                    else -prices.vae(clip, "decode")
+                )
+            entry["cost"][clip.name] = total / (passes * (len(recipe.sigmas) - 1) * prices.forward(clip, ()))
+
+
+def price_stage(prices: PriceList, clip: ltx2.Clip, nodes: list[Any], run: dict[str, Any]) -> float:
+    """FLOPs of the steps of one sampler, one forward each."""
+    return sum(
+        prices.forward(clip, [tuple(node) for node in nodes if step in run["covered"].get(node[0], ())])
+        for step in run["executed"]
+    )
 
 
 def missing(report: dict[str, Any]) -> list[str]:
@@ -236,11 +279,6 @@ def missing(report: dict[str, Any]) -> list[str]:
         for model, row, frames in wanted
         if (model, row, frames) not in present
     ]
-
-
-def acting(nodes: list[Any], run: dict[str, Any], step: int) -> list[Any]:
-    """The nodes that changed the work of a step which was executed."""
-    return [node for node in nodes if step in run["covered"].get(node[0], ())]
 
 
 def main() -> None:

@@ -5,16 +5,41 @@ No ComfyUI import: a row is a schedule and a list of nodes with their inputs.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tiny_ltx.model import STUDENT_RECIPE
 
-TEACHER, STUDENT = "teacher", "student"
+TEACHER, STUDENT, PESSIMIST = "teacher", "student", "pessimist"
 BOTH = (TEACHER, STUDENT)
+ALL = (TEACHER, STUDENT, PESSIMIST)
 
 UNIFORM, TAIL, HEAD = "uniform", "tail", "head"
+
+
+@dataclass(frozen=True)
+class Striding:
+    """Fewer latent frames, and how the others are made.
+
+    method, has_vae: of LatentFlowInterpolate. until: the first stage stops at this sigma and its clean estimate is
+    filled in (coarse to fine). again_from: the finished clip is filled in, noised up to this sigma and refined.
+    nodes: of the second stage. is_stretched: whether the model knows of the stride.
+    """
+
+    stride: int
+    method: str = "motion"
+    has_vae: bool = True
+    is_stretched: bool = True
+    until: float | None = None
+    again_from: float | None = None
+    nodes: tuple[tuple[str, dict[str, Any]], ...] = ()
+
+    @property
+    def has_second_stage(self) -> bool:
+        return self.until is not None or self.again_from is not None
 
 
 @dataclass(frozen=True)
@@ -32,7 +57,17 @@ class Row:
     steps: int | None = None
     merged: str = UNIFORM
     sigmas: tuple[float, ...] | None = None
+    striding: Striding | None = None
     models: tuple[str, ...] = BOTH
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What has to be the same for a measured row to be kept, as JSON has it."""
+        out = asdict(self)
+        del out["models"]
+        if self.striding is None:
+            del out["striding"]
+        return json.loads(json.dumps(out))
 
     def schedule(self, own: tuple[float, ...], shift: float) -> tuple[float, ...]:
         """Sigmas of this row for a model whose own are `own`, ending in 0."""
@@ -60,6 +95,15 @@ def resampled(sigmas: tuple[float, ...], steps: int, shift: float) -> tuple[floa
     return tuple(out)
 
 
+def scheduled_for(tokens: int, steps: int = 24) -> tuple[float, ...]:
+    """As core's LTXVScheduler with its default settings and a latent of so many tokens."""
+    exponent = math.exp(0.95 + (2.05 - 0.95) * (tokens - 1024) / (4096 - 1024))
+    line = [1 - i / steps for i in range(steps)]
+    shifted = [exponent / (exponent + 1 / time - 1) for time in line]
+    # The last one before 0 is stretched to lie at 0.1.
+    return (*(1 - (1 - s) * 0.9 / (1 - shifted[-1]) for s in shifted), 0.0)
+
+
 def merged_from_end(sigmas: list[float], steps: int) -> list[float]:
     """`steps` steps, made by joining neighbours two by two from the end; where that is not enough, again."""
     while len(sigmas) - 1 > steps:
@@ -68,6 +112,29 @@ def merged_from_end(sigmas: list[float], steps: int) -> list[float]:
         kept = present - 2 * pairs
         sigmas = sigmas[:kept] + sigmas[kept::2]
     return sigmas
+
+
+def strided(
+    stride: int,
+    method: str = "motion",
+    models: tuple[str, ...] = ALL,
+    steps: int | None = None,
+    tokens: int = 0,
+    **more: Any,
+) -> Row:
+    striding = Striding(stride, method, **more)
+    name = f"stride {stride}, {method}" + ("" if striding.has_vae else " on latents")
+    name += "" if striding.is_stretched else ", times not stretched"
+    name += f", {steps} steps" if steps is not None else ""
+    name += f", LTXVScheduler for {tokens // 880}×880" if tokens else ""
+    if striding.until is not None:
+        name += f", full length from σ {striding.until:g}"
+    if striding.again_from is not None:
+        name += f", refined from σ {striding.again_from:g}"
+    kind = "stride + full length" if striding.has_second_stage else "stride"
+    name += " with a window" if striding.nodes else ""
+    sigmas = scheduled_for(tokens) if tokens else None
+    return Row(name, kind, steps=steps, sigmas=sigmas, striding=striding, models=models)
 
 
 def fewer(model: str, counts: Iterable[int], merged: str) -> list[Row]:
@@ -99,7 +166,8 @@ def cached(model: str, threshold: float, then: Row | None = None) -> Row:
     return Row(name, kind, nodes, models=(model,))
 
 
-DENSE = Row("dense", "dense")
+DENSE = Row("dense", "dense", models=ALL)
+LONG_CLIP_WINDOW = window(4, 1, edge=1).nodes
 
 ROWS: tuple[Row, ...] = (
     DENSE,
@@ -121,4 +189,28 @@ ROWS: tuple[Row, ...] = (
     *(window(size, 1, start=0.5) for size in (1, 2, 4)),
     cached(TEACHER, 0.012, window(4, 1, start=0.5)),
     cached(STUDENT, 0.05, window(4, 1, start=0.5)),
+    *(strided(stride) for stride in (2, 3, 4)),
+    *(strided(stride, "linear") for stride in (2, 3, 4)),
+    *fewer(PESSIMIST, (12, 8, 6), UNIFORM),
+    *(strided(2, until=sigma, models=BOTH) for sigma in (0.9, 0.75, 0.5, 0.3)),
+    Row("LTXVScheduler for 16×880", "schedule", sigmas=scheduled_for(16 * 880), models=(TEACHER,)),
+    strided(2, models=(TEACHER,), tokens=16 * 880),
+    strided(2, models=(TEACHER,), tokens=9 * 880),
+    *(strided(2, again_from=sigma, models=BOTH) for sigma in (0.9, 0.7, 0.5)),
+    *(strided(stride, "linear", has_vae=False, is_stretched=False) for stride in (2, 3, 4)),
+    *(strided(stride, "linear", has_vae=False) for stride in (2, 3, 4)),
+    *(strided(stride, is_stretched=False) for stride in (2, 3, 4)),
+    *(strided(stride, steps=steps, models=(TEACHER,)) for stride in (2, 3, 4) for steps in (16, 12, 8)),
+    *(strided(stride, until=0.9, models=BOTH) for stride in (3, 4)),
+    strided(2, until=0.75, nodes=LONG_CLIP_WINDOW, models=BOTH),
+    strided(2, again_from=0.7, nodes=LONG_CLIP_WINDOW, models=BOTH),
+    *(strided(stride, "smooth", models=BOTH) for stride in (2, 3, 4)),
+    *(
+        strided(stride, method, has_vae=False, models=BOTH)
+        for stride in (2, 4)
+        for method in ("smooth", "motion")
+    ),
+    *(strided(stride, "linear", is_stretched=False, models=BOTH) for stride in (2, 3, 4)),
+    *(strided(stride, "optical_flow", models=BOTH) for stride in (2, 3, 4)),
+    strided(2, "optical_flow", has_vae=False, models=(TEACHER,)),
 )

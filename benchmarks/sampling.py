@@ -10,11 +10,12 @@ import comfy.model_management as mm
 import comfy.sample
 import comfy.samplers
 import torch
-from rows import Row
+from rows import Row, Striding
 
 from tiny_ltx.captions import CAPTION_TOKENS, embed_captions
 from tiny_ltx.codec import Codec
 from tiny_ltx.model import SHIFT, Recipe
+from tiny_ltx.vae import CodecVAE
 
 CORE_NODES = {"EasyCache": ("comfy_extras.nodes_easycache", "EasyCacheNode")}
 FPS = 24.0
@@ -71,21 +72,39 @@ class ExecutedSteps:
         self.handle.remove()
 
 
-def sample_clips(
-    pack: str, model: Any, recipe: Recipe, row: Row, ids: torch.Tensor, latent_frames: int, seed: int
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Pixels [B, F, 32, 32] of captions ids [B, 4], and what of the schedule was executed and covered."""
+def conditioning(ids: torch.Tensor) -> tuple[Any, Any]:
+    """(positive, negative) CONDITIONING of captions ids [B, 4]."""
     count = ids.shape[0]
-    noise = torch.randn(
-        count, 128, latent_frames, *GRID, generator=torch.Generator().manual_seed(seed), dtype=torch.float32
-    )
     mask = torch.ones(count, CAPTION_TOKENS, dtype=torch.int64)
     values = {"pooled_output": None, "attention_mask": mask, "frame_rate": FPS}
     nothing = torch.ones(count, dtype=torch.bool)
-    positive = [[embed_captions(ids), dict(values)]]
-    negative = [[embed_captions(ids, nothing), dict(values)]]
-    sigmas = row.schedule(recipe.sigmas, SHIFT)
-    patched = patch(pack, model, row.nodes)
+    return [[embed_captions(ids), dict(values)]], [[embed_captions(ids, nothing), dict(values)]]
+
+
+def draw_noise(clips: int, latent_frames: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(clips, 128, latent_frames, *GRID, generator=generator, dtype=torch.float32)
+
+
+def sample_stage(
+    pack: str,
+    model: Any,
+    recipe: Recipe,
+    nodes: Iterable[tuple[str, dict[str, Any]]],
+    ids: torch.Tensor,
+    sigmas: tuple[float, ...],
+    noise: torch.Tensor,
+    start: torch.Tensor,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """One sampler node: its two latents (output, denoised_output), and what was executed and covered."""
+    positive, negative = conditioning(ids)
+    patched = patch(pack, model, nodes)
+    clean: list[torch.Tensor] = [start]
+
+    def note(step: int, denoised: torch.Tensor, *_: Any) -> None:
+        clean[0] = denoised
+
     with ExecutedSteps(patched, sigmas) as executed, torch.inference_mode():
         latents = comfy.sample.sample_custom(
             patched,
@@ -95,13 +114,98 @@ def sample_clips(
             torch.tensor(sigmas),
             positive,
             negative,
-            torch.zeros_like(noise),
+            start,
+            callback=note,
             disable_pbar=True,
             seed=seed,
         )
-        pixels = decode(latents.to(mm.get_torch_device()))
-    covered = covered_steps(pack, model, patched, row.nodes)
-    return pixels, {"executed": sorted(executed.steps), "covered": covered}
+        denoised = patched.model.process_latent_out(clean[0].to(latents))
+    covered = covered_steps(pack, model, patched, nodes)
+    return latents, denoised, {"executed": sorted(executed.steps), "covered": covered}
+
+
+def sample_clips(
+    pack: str, model: Any, recipe: Recipe, row: Row, ids: torch.Tensor, latent_frames: int, seed: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Pixels [B, F, 32, 32] of captions ids [B, 4], and what of the schedule was executed and covered."""
+    noise = draw_noise(ids.shape[0], latent_frames, seed)
+    sigmas = row.schedule(recipe.sigmas, SHIFT)
+    if row.striding is not None:
+        return sample_strided(pack, model, recipe, row, row.striding, ids, noise, sigmas, seed)
+    latents, _, run = sample_stage(
+        pack, model, recipe, row.nodes, ids, sigmas, noise, torch.zeros_like(noise), seed
+    )
+    with torch.inference_mode():
+        return decode(latents.to(mm.get_torch_device())), run
+
+
+def sample_strided(
+    pack: str,
+    model: Any,
+    recipe: Recipe,
+    row: Row,
+    striding: Striding,
+    ids: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: tuple[float, ...],
+    seed: int,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """KeyframeStride, a sampler, LatentFlowInterpolate, and a second sampler at full length if there is one."""
+    stretched, latent, _ = (
+        node_class(pack, "KeyframeStride")
+        .execute(model, {"samples": torch.zeros_like(noise)}, striding.stride)
+        .args
+    )
+    if not striding.is_stretched:
+        stretched = model
+    short = latent["samples"].shape[2]
+    ends = first_at(sigmas, striding.until) if striding.until is not None else len(sigmas) - 1
+    latents, denoised, run = sample_stage(
+        pack,
+        stretched,
+        recipe,
+        row.nodes,
+        ids,
+        sigmas[: ends + 1],
+        noise[:, :, :short],
+        latent["samples"],
+        seed,
+    )
+    with torch.inference_mode():
+        filled, images = (
+            node_class(pack, "LatentFlowInterpolate")
+            .execute(
+                {**latent, "samples": latents if striding.until is None else denoised},
+                striding.method,
+                vae=CodecVAE(zoom=1) if striding.has_vae else None,
+                optical_flow=load_flow() if striding.method == "optical_flow" else None,
+                encode=striding.has_second_stage,
+            )
+            .args
+        )
+        if not striding.has_second_stage and striding.has_vae:
+            return images.view(ids.shape[0], -1, *images.shape[1:])[..., 0], run
+    final = filled["samples"]
+    if striding.has_second_stage:
+        begins = ends if striding.until is not None else first_at(sigmas, striding.again_from or 0.0)
+        fresh = draw_noise(*final.shape[:3:2], seed + 100)
+        final, _, second = sample_stage(
+            pack, stretched, recipe, striding.nodes, ids, sigmas[begins:], fresh, final, seed
+        )
+        run["second"] = second
+    with torch.inference_mode():
+        return decode(final.to(mm.get_torch_device())), run
+
+
+def first_at(sigmas: tuple[float, ...], level: float) -> int:
+    """The first place in a schedule whose sigma is not above `level`."""
+    return next(i for i, sigma in enumerate(sigmas) if sigma <= level + 1e-4)
+
+
+def load_flow() -> Any:
+    """The small RAFT that stands in for torchvision's weights, as the loader node gives it."""
+    flow = importlib.import_module("tiny_ltx.flow")
+    return flow.load_flow()
 
 
 def decode(latents: torch.Tensor) -> torch.Tensor:

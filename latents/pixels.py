@@ -13,12 +13,14 @@ TILE_FRAMES, OVERLAP_FRAMES = 64, 8
 
 def decode(vae: Any, video: torch.Tensor) -> torch.Tensor:
     """Latent video [B, C, T, h, w] -> frames [B, F, H, W, 3] in 0..1."""
-    out = []
-    for item in video.split(1):
-        needed = vae.memory_used_decode(item.shape, vae.vae_dtype)
-        if needed > mm.get_total_memory(vae.device) * 0.8:
-            space, time = vae.spacial_compression_decode(), vae.temporal_compression_decode() or 1
-            frames = vae.decode_tiled(
+    needed = vae.memory_used_decode((1, *video.shape[1:]), vae.vae_dtype)
+    if needed <= mm.get_total_memory(vae.device) * 0.8:
+        frames: torch.Tensor = vae.decode(video)
+        return frames
+    space, time = vae.spacial_compression_decode(), vae.temporal_compression_decode() or 1
+    return torch.cat(
+        [
+            vae.decode_tiled(
                 item,
                 tile_x=TILE // space,
                 tile_y=TILE // space,
@@ -26,10 +28,9 @@ def decode(vae: Any, video: torch.Tensor) -> torch.Tensor:
                 tile_t=max(2, TILE_FRAMES // time),
                 overlap_t=max(1, OVERLAP_FRAMES // time),
             )
-        else:
-            frames = vae.decode(item)
-        out.append(frames if frames.ndim == 5 else frames[None])
-    return torch.cat(out)
+            for item in video.split(1)
+        ]
+    )
 
 
 def encode(vae: Any, frames: torch.Tensor) -> torch.Tensor:

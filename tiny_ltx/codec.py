@@ -53,8 +53,9 @@ class Codec(torch.nn.Module):
     synthesis: torch.Tensor
     signal: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, zoom: int = ZOOM) -> None:
         super().__init__()
+        self.zoom = zoom
         time, space = _dct(FRAMES), _dct(BLOCK)
         basis = torch.einsum("at,by,cx->abctyx", time, space, space).reshape(CHANNELS, CHANNELS)
         spread = torch.tensor([float(s) for s in _SPREAD.split()], dtype=torch.float64)
@@ -89,10 +90,10 @@ class Codec(torch.nn.Module):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, F, 8h, 8w] in 0..1 -> latent [B, 128, T, h/4, w/4]; colours are averaged."""
         grey = images.to(self.analysis.dtype).mean(dim=1, keepdim=True)
-        small = rearrange(grey, "b c f (h z) (w y) -> b c f h w (z y)", z=ZOOM, y=ZOOM).mean(dim=-1)
+        small = rearrange(grey, "b c f (h z) (w y) -> b c f h w (z y)", z=self.zoom, y=self.zoom).mean(dim=-1)
         return self.encode_pixels(small)
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """Latent [B, 128, T, H, W] -> images [B, 3, 8 (T - 1) + 1, 32H, 32W]; each pixel becomes 8 x 8."""
+        """Latent [B, 128, T, H, W] -> images [B, 3, 8 (T - 1) + 1, 32H, 32W]; each pixel becomes zoom x zoom."""
         pixels = self.decode_pixels(latent)
-        return repeat(pixels, "b 1 f h w -> b c f (h z) (w y)", c=3, z=ZOOM, y=ZOOM)
+        return repeat(pixels, "b 1 f h w -> b c f (h z) (w y)", c=3, z=self.zoom, y=self.zoom)

@@ -11,15 +11,15 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
-from .codec import Codec
+from .codec import BLOCK, ZOOM, Codec
 
 
 class _CodecStage(torch.nn.Module):
     """What comfy.sd.VAE calls: encode [B, 3, F, h, w] -> latent, decode latent -> [B, 3, F, h, w]."""
 
-    def __init__(self) -> None:
+    def __init__(self, zoom: int) -> None:
         super().__init__()
-        self.codec = Codec()
+        self.codec = Codec(zoom)
 
     def encode(self, images: torch.Tensor, **_: Any) -> torch.Tensor:
         return self.codec.encode(images)
@@ -33,9 +33,9 @@ def _without_notice(record: logging.LogRecord) -> bool:
 
 
 class CodecVAE(comfy.sd.VAE):
-    """comfy.sd.VAE around the parameter-free codec; the compression factors are LTX's (8 in time, 32 in space)."""
+    """comfy.sd.VAE around the parameter-free codec; at zoom 8 its compression is LTX's (8 in time, 32 in space)."""
 
-    def __init__(self) -> None:
+    def __init__(self, zoom: int = ZOOM) -> None:
         # An empty state dict makes the base class set every attribute its release knows, and stop; its notice
         # that there are no weights is true of this codec and would only alarm.
         root = logging.getLogger()
@@ -44,14 +44,15 @@ class CodecVAE(comfy.sd.VAE):
             super().__init__(sd={})
         finally:
             root.removeFilter(_without_notice)
-        self.first_stage_model = _CodecStage().eval()
+        self.first_stage_model = _CodecStage(zoom).eval()
         self.latent_channels = 128
         self.latent_dim = 3
         self.output_channels = 3
-        self.upscale_ratio = (lambda a: max(0, a * 8 - 7), 32, 32)
-        self.upscale_index_formula = (8, 32, 32)
-        self.downscale_ratio = (lambda a: max(0, math.floor((a + 7) / 8)), 32, 32)
-        self.downscale_index_formula = (8, 32, 32)
+        space = BLOCK * zoom
+        self.upscale_ratio = (lambda a: max(0, a * 8 - 7), space, space)
+        self.upscale_index_formula = (8, space, space)
+        self.downscale_ratio = (lambda a: max(0, math.floor((a + 7) / 8)), space, space)
+        self.downscale_index_formula = (8, space, space)
         self.memory_used_encode = lambda shape, dtype: 16 * shape[2] * shape[3] * shape[4] * 4
         self.memory_used_decode = lambda shape, dtype: 16 * shape[2] * shape[3] * shape[4] * (8 * 32 * 32) * 4
         self.process_input = lambda image: image

@@ -36,7 +36,7 @@ def test_lengths(pack, frames, step):
 
 def test_an_empty_latent(stride):
     latent = empty(batch_index=[4], downscale_ratio_spacial=32)
-    before = {key: value for key, value in latent.items()}
+    before = dict(latent)
     thinned = stride.thin(latent, 3)
     assert thinned["samples"].shape == (1, 128, 4, 2, 3) and not thinned["samples"].any()
     assert thinned["batch_index"] == [4] and thinned["downscale_ratio_spacial"] == 32
