@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,47 +36,10 @@ import ltx2
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfyui_version import __version__ as comfyui_version
+from gpu_report import in_order, write_tables
+from gpu_settings import CARD_GIB, DENSE, FLOOR, GROUNDS, ORDER, SETTINGS, Ground, Setting
 from sampling import patch
 from torch.nn.attention import SDPBackend
-
-# What an 8 GB card leaves to ComfyUI beside the desktop and CUDA itself.
-CARD_GIB = 7.2
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Nodes between loader and sampler, and how much of the keys an interior query of theirs sees."""
-
-    name: str
-    nodes: tuple[tuple[str, dict[str, Any]], ...] = ()
-    window: int | None = None
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What a comparison stands on: the backend of PyTorch's attention, and whether weights are streamed."""
-
-    name: str
-    backend: SDPBackend
-    is_streamed: bool = False
-    settings: tuple[str, ...] = ()
-
-
-def windowed(window: int, sink: int) -> Setting:
-    inputs = {"window": window, "sink_frames": sink, "start_percent": 0.0, "end_percent": 1.0}
-    name = f"±{window}, {sink} sink"
-    return Setting(name, (("ApplyTemporalWindow", {**inputs, "dense_blocks": 0}),), window)
-
-
-DENSE = Setting("dense")
-SETTINGS = (DENSE, *(windowed(window, sink) for sink in (0, 1) for window in (1, 2, 4)))
-DEFAULT = "±4, 1 sink"
-GROUNDS = (
-    Ground("flash", SDPBackend.FLASH_ATTENTION, settings=tuple(s.name for s in SETTINGS)),
-    Ground("cuDNN", SDPBackend.CUDNN_ATTENTION, settings=("dense", DEFAULT)),
-    Ground("flash, streamed", SDPBackend.FLASH_ATTENTION, is_streamed=True, settings=("dense", DEFAULT)),
-)
-ORDER = (1, 3, 0, 2, 4)
 
 
 class Stopwatch:
@@ -128,12 +91,26 @@ def measure(model: Any, clip: ltx2.Clip, repeats: int) -> dict[str, Any]:
     per_step = [sum(calls[i * blocks : (i + 1) * blocks]) for i in range(repeats + 1)]
     weights = sum(p.nbytes for p in model.model.parameters() if p.is_cuda)
     return {
+        "video_tokens": video_tokens,
         "step_ms": statistics.median(steps.milliseconds()[1:]),
         "attention_ms": statistics.median(per_step[1:]),
         "attention_calls_a_step": blocks,
         "weights_on_gpu_gib": weights / 2**30,
         "peak_gib_above_weights": (torch.cuda.max_memory_allocated() - weights) / 2**30,
     }
+
+
+def prepared(model: Any, clip: ltx2.Clip, setting: Setting) -> tuple[Any, ltx2.Clip]:
+    """The model behind the setting's nodes, and the clip that it samples then."""
+    if setting == FLOOR:
+        return model, ltx2.Clip(1, clip.width, clip.height, sounds_for=clip.frames)
+    if setting.stride is None:
+        return patch(PACK, model, setting.nodes), clip
+    node = importlib.import_module(f"{PACK}.nodes").KeyframeStride
+    patched, latent, _ = node.execute(model, {"samples": ltx2.empty(clip, "cpu")}, setting.stride).args
+    strided = clip.strided(setting.stride)
+    assert latent["samples"].unbind()[0].shape[2:] == strided.grid
+    return patched, strided
 
 
 def check_kernel() -> float:
@@ -224,7 +201,7 @@ def main() -> None:
         if options.grounds and ground.name not in options.grounds:
             continue
         with standing_on(ground, model) as placed:
-            for index in ORDER[: options.clips]:
+            for index in [i for i in ORDER if i < ground.clips][: options.clips]:
                 clip = ltx2.CLIPS[index]
                 dense: dict[str, Any] = {}
                 for setting in SETTINGS:
@@ -235,16 +212,20 @@ def main() -> None:
                     if time.monotonic() - begin > options.seconds:
                         report["left_out"].append(f"{ground.name}, {clip.name}, {setting.name}")
                         continue
-                    figures = measure(patch(PACK, placed, setting.nodes), clip, options.repeats)
+                    figures = measure(*prepared(placed, clip, setting), options.repeats)
                     dense = figures if setting == DENSE else dense
-                    row = {"ground": ground.name, "clip": clip.name, "grid": clip.grid}
-                    row |= {"setting": setting.name, **figures}
+                    row: dict[str, Any] = {"ground": ground.name, "clip": clip.name, "grid": clip.grid}
+                    row |= {
+                        "setting": setting.name,
+                        **{k: v for k, v in figures.items() if k != "video_tokens"},
+                    }
                     row |= {
                         f"dense_{key}": dense[key]
                         for key in ("step_ms", "attention_ms", "peak_gib_above_weights")
                     }
                     row["step_of_dense"] = row["step_ms"] / dense["step_ms"]
                     row["attention_of_dense"] = row["attention_ms"] / dense["attention_ms"]
+                    row["token_share"] = figures["video_tokens"] / math.prod(clip.grid)
                     if setting.window is not None:
                         seen = min(1.0, (2 * setting.window + 1) / clip.grid[0])
                         row["attention_over_key_share"] = row["attention_of_dense"] / seen
@@ -264,81 +245,6 @@ def kept_rows(path: Path, report: dict[str, Any]) -> dict[tuple[str, str, str], 
     if any(earlier[key] != report[key] for key in same):
         return {}
     return {(row["ground"], row["clip"], row["setting"]): row for row in earlier["rows"]}
-
-
-def in_order(rows: dict[tuple[str, str, str], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows by ground, clip and setting as they are listed."""
-    order = [
-        (ground.name, clip.name, setting.name)
-        for ground in GROUNDS
-        for clip in ltx2.CLIPS
-        for setting in SETTINGS
-    ]
-    return [rows[key] for key in sorted(rows, key=order.index)]
-
-
-def tables(report: dict[str, Any]) -> tuple[str, str]:
-    """Markdown: everything, and what the README shows of it: step times, and the other grounds."""
-    rows = {(row["ground"], row["clip"], row["setting"]): row for row in report["rows"]}
-    names = [setting.name for setting in SETTINGS if setting != DENSE]
-
-    def by_setting(head: str, of_dense: Any, cell: Any) -> str:
-        out = ["| clip | T×tokens | " + " | ".join([head, *names]) + " |", "|---" * (3 + len(names)) + "|"]
-        for clip in ltx2.CLIPS:
-            dense, *others = (rows.get((GROUNDS[0].name, clip.name, name)) for name in ("dense", *names))
-            if dense is not None:
-                frames, height, width = clip.grid
-                cells = [clip.name, f"{frames}×{height * width}", of_dense(dense)]
-                out.append("| " + " | ".join([*cells, *(cell(row) if row else "" for row in others)]) + " |")
-        return "\n".join(out)
-
-    def by_ground() -> str:
-        heads = [f"{ground.name}: dense, {DEFAULT}, peak" for ground in GROUNDS]
-        out = ["| clip | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
-        for clip in ltx2.CLIPS:
-            cells = []
-            for ground in GROUNDS:
-                row = rows.get((ground.name, clip.name, DEFAULT))
-                peak = row["peak_gib_above_weights"] + row["weights_on_gpu_gib"] if row else 0
-                cells.append(
-                    f"{row['dense_step_ms']:.0f} ms, {row['step_of_dense']:.0%}, {peak:.1f} GiB"
-                    if row
-                    else ""
-                )
-            out.append(f"| {clip.name} | " + " | ".join(cells) + " |")
-        return "\n".join(out)
-
-    steps = (
-        "Time of a step, and of its video self-attention in brackets, as a share of dense:\n\n"
-        + by_setting(
-            "dense step",
-            lambda dense: f"{dense['step_ms']:.0f} ms",
-            lambda row: f"{row['step_of_dense']:.0%} ({row['attention_of_dense']:.0%})",
-        )
-    )
-    grounds = (
-        "Other attention backends, and weights streamed from host memory within "
-        f"{report['card_gib']} GiB, as an 8 GB card has to: dense step, the window's share of it, and its peak with "
-        "weights:\n\n"
-    ) + by_ground()
-    over = "Attention time as a share of dense, divided by (2·window+1)/T:\n\n" + by_setting(
-        "dense attention",
-        lambda dense: f"{dense['attention_ms']:.0f} ms",
-        lambda row: f"{row['attention_over_key_share']:.2f}",
-    )
-    peaks = "Peak memory above the weights:\n\n" + by_setting(
-        "dense",
-        lambda dense: f"{dense['peak_gib_above_weights']:.1f} GiB",
-        lambda row: f"{row['peak_gib_above_weights']:.1f} GiB",
-    )
-    return "\n\n".join((steps, over, peaks, grounds)) + "\n", "\n\n".join((steps, grounds)) + "\n"
-
-
-def write_tables(report: dict[str, Any], path: Path) -> None:
-    full, short = tables(report)
-    path.with_suffix(".md").write_text(full)
-    path.with_name(f"{path.stem}_short.md").write_text(short)
-    print(full)
 
 
 if __name__ == "__main__":

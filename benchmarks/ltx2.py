@@ -95,19 +95,22 @@ def noise(clip: Clip, device: str) -> Any:
     return comfy.nested_tensor.NestedTensor((video, audio))
 
 
+def empty(clip: Clip, device: str) -> Any:
+    """The empty audio-video latent of a clip."""
+    return comfy.nested_tensor.NestedTensor([torch.zeros_like(part) for part in noise(clip, device).unbind()])
+
+
 def sample(model: Any, clip: Clip, steps: int, device: str) -> None:
     """So many Euler steps without CFG: one forward each."""
-    latent = noise(clip, device)
-    empty = comfy.nested_tensor.NestedTensor([torch.zeros_like(part) for part in latent.unbind()])
     comfy.sample.sample_custom(
         model,
-        latent,
+        noise(clip, device),
         1.0,
         comfy.samplers.sampler_object("euler"),
         torch.linspace(1, 0.5, steps + 1),
         conditioning(device),
         conditioning(device),
-        empty,
+        empty(clip, device),
         disable_pbar=True,
         seed=0,
     )

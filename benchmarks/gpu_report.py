@@ -1,0 +1,108 @@
+"""The GPU table in Markdown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ltx2
+from gpu_settings import DEFAULT, FLOOR, GROUNDS, SETTINGS, STRIDES, WINDOWS
+
+
+def in_order(rows: dict[tuple[str, str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by ground, clip and setting as they are listed."""
+    order = [
+        (ground.name, clip.name, setting.name)
+        for ground in GROUNDS
+        for clip in ltx2.CLIPS
+        for setting in SETTINGS
+    ]
+    return [rows[key] for key in sorted(rows, key=order.index)]
+
+
+def tables(report: dict[str, Any]) -> tuple[str, str]:
+    """Markdown: everything, and what the README shows of it: step times, and the other grounds."""
+    rows = {(row["ground"], row["clip"], row["setting"]): row for row in report["rows"]}
+    names = [setting.name for setting in WINDOWS]
+    # Strides are another comparison than attention backends.
+    grounds_of_window = [ground for ground in GROUNDS if DEFAULT in ground.settings]
+
+    def by_setting(head: str, of_dense: Any, cell: Any) -> str:
+        out = ["| clip | T×tokens | " + " | ".join([head, *names]) + " |", "|---" * (3 + len(names)) + "|"]
+        for clip in ltx2.CLIPS:
+            dense, *others = (rows.get((GROUNDS[0].name, clip.name, name)) for name in ("dense", *names))
+            if dense is not None:
+                frames, height, width = clip.grid
+                cells = [clip.name, f"{frames}×{height * width}", of_dense(dense)]
+                out.append("| " + " | ".join([*cells, *(cell(row) if row else "" for row in others)]) + " |")
+        return "\n".join(out)
+
+    def by_ground() -> str:
+        heads = [f"{ground.name}: dense, {DEFAULT}, peak" for ground in grounds_of_window]
+        out = ["| clip | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+        for clip in ltx2.CLIPS:
+            cells = []
+            for ground in grounds_of_window:
+                row = rows.get((ground.name, clip.name, DEFAULT))
+                peak = row["peak_gib_above_weights"] + row["weights_on_gpu_gib"] if row else 0
+                cells.append(
+                    f"{row['dense_step_ms']:.0f} ms, {row['step_of_dense']:.0%}, {peak:.1f} GiB"
+                    if row
+                    else ""
+                )
+            out.append(f"| {clip.name} | " + " | ".join(cells) + " |")
+        return "\n".join(out)
+
+    def by_stride() -> str:
+        heads = ["clip", "dense step", FLOOR.name, "stride 2", "stride 4"]
+        out = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for clip in ltx2.CLIPS:
+            floor, *others = (rows.get(("flash, strides", clip.name, s.name)) for s in (FLOOR, *STRIDES[:2]))
+            if floor is None:
+                continue
+            dense, least = floor["dense_step_ms"], floor["step_ms"]
+            cells = [clip.name, f"{dense:.0f} ms", f"{least:.0f} ms"]
+            for row in others:
+                expected = least + (dense - least) * row["token_share"]
+                over = row["step_ms"] / expected
+                cells.append(f"{row['step_of_dense']:.0%} ({row['token_share']:.0%}, {over:.2f})")
+            out.append("| " + " | ".join(cells) + " |")
+        return "\n".join(out)
+
+    strides = (
+        "Time of a step with KeyframeStride as a share of dense; in brackets the share of video tokens, and the "
+        "time over what that share and the floor (a clip of one latent frame, with the whole audio) let "
+        "expect:\n\n"
+    ) + by_stride()
+    steps = (
+        "Time of a step, and of its video self-attention in brackets, as a share of dense:\n\n"
+        + by_setting(
+            "dense step",
+            lambda dense: f"{dense['step_ms']:.0f} ms",
+            lambda row: f"{row['step_of_dense']:.0%} ({row['attention_of_dense']:.0%})",
+        )
+    )
+    grounds = (
+        "Other attention backends, and weights streamed from host memory within "
+        f"{report['card_gib']} GiB, as an 8 GB card has to: dense step, the window's share of it, and its peak with "
+        "weights:\n\n"
+    ) + by_ground()
+    over = "Attention time as a share of dense, divided by (2·window+1)/T:\n\n" + by_setting(
+        "dense attention",
+        lambda dense: f"{dense['attention_ms']:.0f} ms",
+        lambda row: f"{row['attention_over_key_share']:.2f}",
+    )
+    peaks = "Peak memory above the weights:\n\n" + by_setting(
+        "dense",
+        lambda dense: f"{dense['peak_gib_above_weights']:.1f} GiB",
+        lambda row: f"{row['peak_gib_above_weights']:.1f} GiB",
+    )
+    everything, shown = (steps, over, peaks, grounds, strides), (steps, grounds, strides)
+    return "\n\n".join(everything) + "\n", "\n\n".join(shown) + "\n"
+
+
+def write_tables(report: dict[str, Any], path: Path) -> None:
+    full, short = tables(report)
+    path.with_suffix(".md").write_text(full)
+    path.with_name(f"{path.stem}_short.md").write_text(short)
+    print(full)

@@ -1,0 +1,184 @@
+"""LatentFlowInterpolate around a real VAE: frames, latents, audio, masks, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.nested_tensor
+import pytest
+import torch
+
+pytest.importorskip("comfy.sd", reason="this ComfyUI tree has no VAE", exc_type=ImportError)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Imports a module of the test model."""
+    sys.modules["comfyui_tree"].load_tiny()
+    return lambda name: importlib.import_module(f"tiny_ltx.{name}")
+
+
+@pytest.fixture(scope="module")
+def vae(tiny):
+    return tiny("vae").CodecVAE(zoom=1)
+
+
+@pytest.fixture
+def stride_node(pack):
+    return pack("nodes.keyframe_stride").KeyframeStride
+
+
+@pytest.fixture
+def node(pack):
+    return pack("nodes.latent_flow_interpolate").LatentFlowInterpolate
+
+
+def moving(frames=33, size=64):
+    """[F, H, W, 3]: a soft bright square that moves 16 pixels over the clip."""
+    place = torch.arange(size)
+    out = []
+    for f in range(frames):
+        x = (12 - (place - (20 + f / 2)).abs()).clamp(0, 4) / 4
+        y = (12 - (place - size / 2).abs()).clamp(0, 4) / 4
+        out.append(0.2 + 0.7 * x * y[:, None])
+    return torch.stack(out)[..., None].expand(-1, -1, -1, 3)
+
+
+def blocker(value):
+    return type(value).__name__ == "ExecutionBlocker"
+
+
+@pytest.fixture
+def strided(vae, stride_node):
+    """A real clip, thinned by the node itself: decoded, every second frame kept, encoded."""
+    latent = {"samples": vae.encode(moving())}
+    return stride_node.execute(any_model(), latent, 2, vae=vae).args[1]
+
+
+def any_model():
+    from tiny_models import build_model
+
+    return build_model()
+
+
+def raft_patcher():
+    from torchvision.models.optical_flow import raft_small
+
+    model = raft_small(weights=None, progress=False).eval()
+    return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+
+
+@pytest.mark.parametrize("method", ["linear", "smooth", "motion"])
+def test_a_clip_comes_back(node, strided, vae, method):
+    latent, frames = node.execute(strided, method, vae=vae).args
+    assert latent["samples"].shape == (1, 128, 5, 16, 16) and frames.shape == (33, 64, 64, 3)
+    truth = moving()
+    assert (frames - truth).square().mean() < 1e-3
+    # Frames that were diffused are the decoded ones.
+    assert torch.equal(frames[::2], vae.decode(strided["samples"])[0][:17])
+    # The latent is those frames encoded, but for the first, which is untouched.
+    assert torch.equal(latent["samples"][:, :, 0], strided["samples"][:, :, 0])
+    assert torch.allclose(latent["samples"], vae.encode(frames), atol=1e-4)
+    assert "frame_thrift_stride" not in latent and "frame_thrift_stride" in strided
+
+
+def test_pixels_are_right_about_the_frames_inside_a_latent_and_latents_are_not(node, strided, vae):
+    truth = moving()
+    right = node.execute(strided, "motion", vae=vae).args[1]
+    preview, no_images = node.execute(strided, "linear").args
+    assert blocker(no_images) and "connect vae" in no_images.message
+    assert preview["samples"].shape[2] == 5
+    wrong = vae.decode(preview["samples"])[0]
+    assert (wrong - truth).square().mean() > 10 * (right - truth).square().mean()
+
+
+def test_without_encode_there_is_no_latent(node, strided, vae, monkeypatch):
+    monkeypatch.setattr(vae, "encode", lambda *_: pytest.fail("encoded"))
+    latent, frames = node.execute(strided, "linear", vae=vae, encode=False).args
+    assert blocker(latent) and "encode" in latent.message and len(frames) == 33
+
+
+def test_audio_and_the_first_mask_are_kept(node, stride_node, vae):
+    audio = torch.randn(1, 8, 40, 16)
+    samples = comfy.nested_tensor.NestedTensor((torch.zeros(1, 128, 5, 2, 2), audio))
+    mask = torch.ones(1, 1, 5, 1, 1)
+    mask[:, :, 0] = 0.25
+    masks = comfy.nested_tensor.NestedTensor((mask, torch.ones(1, 1, 40, 16)))
+    latent = stride_node.execute(any_model(), {"samples": samples, "noise_mask": masks}, 2).args[1]
+    for connected in (None, vae):
+        video, kept = node.execute(latent, "motion", vae=connected).args[0]["samples"].unbind()
+        assert video.shape[2] == 5 and torch.equal(kept, audio)
+        out = node.execute(latent, "motion", vae=connected).args[0]["noise_mask"].unbind()
+        assert torch.equal(out[0], mask) and torch.equal(out[1], torch.ones(1, 1, 40, 16))
+
+
+def test_without_a_note_the_latent_is_handed_on(node, vae, caplog):
+    latent = {"samples": torch.randn(1, 128, 3, 2, 2)}
+    with caplog.at_level(logging.WARNING):
+        out, frames = node.execute(latent, "motion", vae=vae).args
+    assert out is latent and frames.shape[0] == 17 and "handed on as it is" in caplog.text
+
+
+def test_batches_come_back_item_by_item(node, vae):
+    latents = torch.cat([vae.encode(moving()), vae.encode(moving().flip(1))])
+    both = node.execute({"samples": latents}, "motion", vae=vae, stride=2, length=57).args
+    one = node.execute({"samples": latents[1:]}, "motion", vae=vae, stride=2, length=57).args
+    assert both[1].shape[0] == 2 * 57
+    assert torch.allclose(both[1][57:], one[1], atol=1e-4)
+
+
+def test_optical_flow_without_a_model_says_what_it_needs(node, strided, vae, monkeypatch):
+    monkeypatch.setattr(vae, "decode", lambda *_: pytest.fail("work before the check"))
+    with pytest.raises(ValueError, match=r"Load Optical Flow Model.*models/optical_flow"):
+        node.execute(strided, "optical_flow", vae=vae)
+    with pytest.raises(ValueError, match="expected torchvision's RAFT"):
+        node.execute(strided, "optical_flow", vae=vae, optical_flow=any_model())
+
+
+@pytest.mark.parametrize("with_vae", [True, False])
+def test_optical_flow_runs_with_any_raft(node, strided, vae, with_vae):
+    latent, _ = node.execute(
+        strided, "optical_flow", vae=vae if with_vae else None, optical_flow=raft_patcher()
+    ).args
+    assert latent["samples"].shape[2] == 5 and latent["samples"].isfinite().all()
+
+
+def test_an_interrupt_stops_it(node, strided, vae):
+    comfy.model_management.interrupt_current_processing(True)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            node.execute(strided, "motion", vae=vae)
+    finally:
+        comfy.model_management.interrupt_current_processing(False)
+    assert node.execute(strided, "motion", vae=vae).args[1].shape[0] == 33
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_the_loader_reads_both_rafts_and_nothing_else(pack, tmp_path, monkeypatch, size):
+    import folder_paths
+    from safetensors.torch import save_file
+    from torchvision.models import optical_flow
+
+    loader = pack("nodes.load_optical_flow").ThriftLoadOpticalFlow
+    loader.define_schema()
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths,
+        "optical_flow",
+        ([str(tmp_path)], folder_paths.supported_pt_extensions),
+    )
+    model = getattr(optical_flow, f"raft_{size}")(weights=None, progress=False)
+    save_file(model.state_dict(), str(tmp_path / "flow.safetensors"))
+    loaded = loader.execute("flow.safetensors").args[0]
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[key], value)
+    save_file({"other.weight": torch.zeros(1)}, str(tmp_path / "other.safetensors"))
+    with pytest.raises(ValueError, match="raft_small or raft_large"):
+        loader.execute("other.safetensors")
+    with pytest.raises(FileNotFoundError, match="models/optical_flow"):
+        loader.execute("missing.safetensors")
