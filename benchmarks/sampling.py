@@ -184,7 +184,8 @@ def sample_strided(
             .args
         )
         if not striding.has_second_stage and striding.has_vae:
-            return images.view(ids.shape[0], -1, *images.shape[1:])[..., 0], run
+            frames = images.view(ids.shape[0], -1, *images.shape[1:])[..., 0]
+            return frames.to(mm.get_torch_device()), run
     final = filled["samples"]
     if striding.has_second_stage:
         begins = ends if striding.until is not None else first_at(sigmas, striding.again_from or 0.0)

@@ -179,9 +179,11 @@ def summarise(record: dict[str, Any], suspects: Sequence[str] = ()) -> list[tupl
             if entry["unit"] == AttentionTechnique.unit:
                 text += f"; video self-attention work {record['attention_share']:.0%} of dense"
             lines.append((False, f"{text}."))
+        elif total and entry["is_expected"]:
+            lines.append((False, f"{head}not needed here ({declined}); the result is stock."))
         elif total:
             # A range without steps was warned about before the run.
-            is_news = bool(entry["steps"]) and not entry["is_expected"]
+            is_news = bool(entry["steps"])
             lines.append(
                 (is_news, f"{head}no effect, all {total} calls declined ({declined}); the result is stock.")
             )

@@ -14,12 +14,22 @@ import torch
 from .codec import BLOCK, ZOOM, Codec
 
 
+class _Statistics(torch.nn.Module):
+    """What core's latent upsampler asks a VAE for; the codec's latents are scaled already."""
+
+    def un_normalize(self, latent: torch.Tensor) -> torch.Tensor:
+        return latent
+
+    normalize = un_normalize
+
+
 class _CodecStage(torch.nn.Module):
     """What comfy.sd.VAE calls: encode [B, 3, F, h, w] -> latent, decode latent -> [B, 3, F, h, w]."""
 
     def __init__(self, zoom: int) -> None:
         super().__init__()
         self.codec = Codec(zoom)
+        self.per_channel_statistics = _Statistics()
 
     def encode(self, images: torch.Tensor, **_: Any) -> torch.Tensor:
         return self.codec.encode(images)

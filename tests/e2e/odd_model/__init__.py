@@ -1,15 +1,23 @@
-"""A test-only node pack: a small SD1.5-shaped image model with random weights, which the pack does not know."""
+"""A test-only node pack: models with random weights, in place of files that nobody wants to download for a test."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
+import comfy.ldm.lightricks.latent_upsampler
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.supported_models
 import torch
 from comfy_api.latest import ComfyExtension, io
+from comfy_extras.frame_interpolation_models.ifnet import IFNet
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "support"))
+import tiny_models
 
 UNET = {
     "image_size": 32,
@@ -31,7 +39,22 @@ UNET = {
 }
 
 
+def patcher_of(model: Any) -> Any:
+    """`model` with small random weights, as a loader gives it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return comfy.model_patcher.ModelPatcher(
+        model.eval(),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
 class ThriftOddModel(io.ComfyNode):
+    """A small SD1.5-shaped image model, which the pack does not know."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -43,23 +66,79 @@ class ThriftOddModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        device = comfy.model_management.unet_offload_device()
         config: Any = comfy.supported_models.SD15({**UNET, "dtype": torch.float32})
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = comfy.model_base.BaseModel(config, device=device)
-            for parameter in model.parameters():
-                torch.nn.init.normal_(parameter, std=0.05)
-            context = torch.randn(1, 4, 16)
-        patcher = comfy.model_patcher.ModelPatcher(
-            model, load_device=comfy.model_management.get_torch_device(), offload_device=device
-        )
+        device = comfy.model_management.unet_offload_device()
+        context = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
+        patcher = patcher_of(comfy.model_base.BaseModel(config, device=device))
         return io.NodeOutput(patcher, [[context, {"pooled_output": None}]])
+
+
+class ThriftOddSound(io.ComfyNode):
+    """A tiny audio-video model with its conditionings, and an empty audio latent."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ThriftOddSound",
+            category="FrameThrift/test",
+            outputs=[
+                io.Model.Output(),
+                io.Conditioning.Output(),
+                io.Conditioning.Output(),
+                io.Latent.Output(),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        text = [tiny_models.conditioning("ltxav", seed=seed) for seed in (1, 7)]
+        return io.NodeOutput(tiny_models.build_model("ltxav"), *text, {"samples": torch.zeros(1, 8, 101, 16)})
+
+
+class ThriftOddUpscaler(io.ComfyNode):
+    """The makers' latent upsampler, the temporal one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ThriftOddUpscaler", category="FrameThrift/test", outputs=[io.LatentUpscaleModel.Output()]
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        model = comfy.ldm.lightricks.latent_upsampler.LatentUpsampler.from_config(
+            {
+                "in_channels": 128,
+                "dims": 3,
+                "mid_channels": 32,
+                "num_blocks_per_stage": 1,
+                "spatial_upsample": False,
+                "temporal_upsample": True,
+            },
+            operations=comfy.ops.disable_weight_init,
+        )
+        return io.NodeOutput(patcher_of(model))
+
+
+class ThriftOddInterpolator(io.ComfyNode):
+    """RIFE for core's FrameInterpolate."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ThriftOddInterpolator",
+            category="FrameThrift/test",
+            outputs=[io.Custom("INTERP_MODEL").Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(patcher_of(IFNet(channels=(32, 32, 16, 16, 16))))
 
 
 class OddModelExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ThriftOddModel]
+        return [ThriftOddModel, ThriftOddSound, ThriftOddUpscaler, ThriftOddInterpolator]
 
 
 async def comfy_entrypoint() -> OddModelExtension:
