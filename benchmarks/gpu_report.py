@@ -20,8 +20,8 @@ def in_order(rows: dict[tuple[str, str, str], dict[str, Any]]) -> list[dict[str,
     return [rows[key] for key in sorted(rows, key=order.index)]
 
 
-def tables(report: dict[str, Any]) -> tuple[str, str]:
-    """Markdown: everything, and what the README shows of it: step times, and the other grounds."""
+def tables(report: dict[str, Any]) -> dict[str, str]:
+    """Markdown by file ending: everything, and what the README shows of windows and of strides."""
     rows = {(row["ground"], row["clip"], row["setting"]): row for row in report["rows"]}
     names = [setting.name for setting in WINDOWS]
     # Strides are another comparison than attention backends.
@@ -97,12 +97,15 @@ def tables(report: dict[str, Any]) -> tuple[str, str]:
         lambda dense: f"{dense['peak_gib_above_weights']:.1f} GiB",
         lambda row: f"{row['peak_gib_above_weights']:.1f} GiB",
     )
-    everything, shown = (steps, over, peaks, grounds, strides), (steps, grounds, strides)
-    return "\n\n".join(everything) + "\n", "\n\n".join(shown) + "\n"
+    parts = {
+        "": (steps, over, peaks, grounds, strides),
+        "_short": (steps, grounds),
+        "_strides": (strides,),
+    }
+    return {ending: "\n\n".join(shown) + "\n" for ending, shown in parts.items()}
 
 
 def write_tables(report: dict[str, Any], path: Path) -> None:
-    full, short = tables(report)
-    path.with_suffix(".md").write_text(full)
-    path.with_name(f"{path.stem}_short.md").write_text(short)
-    print(full)
+    for ending, text in tables(report).items():
+        path.with_name(f"{path.stem}{ending}.md").write_text(text)
+    print(tables(report)[""])

@@ -17,6 +17,18 @@ SHORT = (
     "±4, 1 sink, from 0.25, dense edge",
     "±4, 1 sink, from 0.5",
 )
+SHORT_STRIDES = (
+    "stride 2, motion",
+    "stride 2, linear",
+    "stride 3, motion",
+    "stride 4, motion",
+    "stride 4, linear",
+    "stride 2, linear on latents",
+    "stride 2, linear on latents, times not stretched",
+    "stride 2, motion, full length from σ 0.9",
+    "stride 2, motion, full length from σ 0.75",
+    "stride 2, motion, full length from σ 0.5",
+)
 PRICED_AS = {13: "121 f 1280×704", 25: "481 f 1280×704"}
 SIZES = {"97 f 896×512": "13×448", "121 f 1280×704": "16×880", "481 f 1280×704": "61×880"}
 
@@ -30,17 +42,25 @@ class Rival:
         for row in rows:
             definition = row["definition"]
             if definition["kind"] == "fewer steps" and definition["sigmas"] is None and share(row) < 1:
-                self.lines.setdefault(definition["merged"], []).append((share(row), row["figures"]))
+                self.lines.setdefault(definition["merged"], []).append((share(row), figures_of(row)))
         for line in self.lines.values():
             line.sort(key=lambda point: point[0])
 
-    def at(self, cost: float) -> dict[str, float] | None:
-        """Figures of the better schedule (by PSNR) at this share of dense FLOPs; None below the shortest.
+    def at(self, cost: float, by: str = "psnr") -> dict[str, float] | None:
+        """Figures of the schedule that is better by one of them at this share of dense FLOPs.
 
-        Above the longest measured schedule that one stands in; it costs less than the row it is compared with.
+        None below the shortest. Above the longest measured schedule that one stands in; it costs less than the row
+        it is compared with.
         """
-        found = [figures for line in self.lines.values() if (figures := between(line, cost)) is not None]
-        return max(found, key=lambda figures: figures["psnr"], default=None)
+        lines = [[point for point in line if by in point[1]] for line in self.lines.values()]
+        found = [figures for line in lines if line and (figures := between(line, cost)) is not None]
+        return max(found, key=lambda figures: figures[by] * (1 if by == "psnr" else -1), default=None)
+
+
+def figures_of(row: dict[str, Any]) -> dict[str, float]:
+    """The row's figures, with the Frechet distance of the clips prompted to be fast, where it was taken."""
+    fast = row.get("by_speed", {}).get("fast")
+    return {**row["figures"], "fast": fast["frechet"]} if fast else dict(row["figures"])
 
 
 def share(row: dict[str, Any]) -> float:
@@ -65,6 +85,7 @@ def between(line: list[tuple[float, dict[str, float]]], cost: float) -> dict[str
 def write_report(report: dict[str, Any], out: Path) -> None:
     out.with_suffix(".md").write_text(tables(report))
     out.with_name(f"{out.stem}_short.md").write_text(short_tables(report))
+    out.with_name(f"{out.stem}_strides.md").write_text(stride_tables(report))
     try:
         from chart import draw_chart
     except ImportError as error:
@@ -108,36 +129,63 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def short_tables(report: dict[str, Any]) -> str:
-    """For the README: a few windows, every figure with that of fewer steps at the same FLOPs in brackets."""
+    """For the README: a few windows."""
+    columns = (("psnr", "PSNR dB", 1), ("drift", "drift", 4), ("frechet", "Fréchet", 1))
+    return chosen_tables(report, "window", SHORT, columns, "psnr")
+
+
+def stride_tables(report: dict[str, Any]) -> str:
+    """For the README: strides. They make another clip than dense, so that PSNR says nothing."""
+    columns = (
+        ("frechet", "Fréchet", 1),
+        ("fast", "of fast clips", 1),
+        ("drift", "drift", 4),
+        ("acceleration", "acceleration", 2),
+    )
+    return chosen_tables(report, "stride and in-betweening", SHORT_STRIDES, columns, "frechet")
+
+
+def chosen_tables(
+    report: dict[str, Any],
+    title: str,
+    names: tuple[str, ...],
+    columns: tuple[tuple[str, str, int], ...],
+    by: str,
+) -> str:
+    """These rows of each model and length, every figure with that of fewer steps at the same FLOPs in brackets."""
     out = []
     for model, frames, rows in groups(report):
         by_name = {row["row"]: row for row in rows}
-        shown = [by_name[name] for name in SHORT if name in by_name]
+        shown = [by_name[name] for name in names if name in by_name]
         if not shown or "dense" not in by_name:
             continue
         size, rival = PRICED_AS[frames], Rival(rows)
-        dense, real = by_name["dense"]["figures"], report["real"][str(frames)]["figures"]
+        dense, real = figures_of(by_name["dense"]), report["real"][str(frames)]["figures"]
+        of_dense = ", ".join(
+            f"{label} {dense[name]:.{digits}f}" for name, label, digits in columns if name in dense
+        )
         out += [
-            f"{model.capitalize()}, {frames} latent frames, FLOPs at {SIZES[size]}; dense: drift "
-            f"{dense['drift']:.4f}, Fréchet {dense['frechet']:.1f}; real clips: {real['drift']:.4f}, "
-            f"{real['frechet']:.1f}",
+            f"{model.capitalize()}, {frames} latent frames, FLOPs at {SIZES[size]}; dense: {of_dense}; real clips: "
+            f"Fréchet {real['frechet']:.1f}, drift {real['drift']:.4f}",
             "",
-            "| window | FLOPs | PSNR dB (fewer steps) | drift (fewer steps) | Fréchet (fewer steps) |",
-            "|---" * 5 + "|",
+            f"| {title} | FLOPs | " + " | ".join(f"{label} (fewer steps)" for _, label, _ in columns) + " |",
+            "|---" * (2 + len(columns)) + "|",
         ]
         for row in shown:
-            other = rival.at(row["cost"][size])
-            cells = [row["row"], f"{row['cost'][size]:.0%}"]
-            for name, digits in (("psnr", 1), ("drift", 4), ("frechet", 1)):
-                beside = f"{other[name]:.{digits}f}" if other else "–"
-                cells.append(f"{row['figures'][name]:.{digits}f} ({beside})")
+            cost, own = row["cost"][size], figures_of(row)
+            # Speeds apart were not taken of all schedules.
+            other = {**(rival.at(cost, "fast") or {}), **(rival.at(cost, by) or {})}
+            cells = [row["row"], f"{cost:.0%}"]
+            for name, _, digits in columns:
+                beside = f"{other[name]:.{digits}f}" if name in other else "–"
+                cells.append(f"{own[name]:.{digits}f} ({beside})" if name in own else "–")
             out.append("| " + " | ".join(cells) + " |")
         out.append("")
     return "\n".join(out)
 
 
 def order(row: dict[str, Any]) -> int:
-    kinds = ["dense", "fewer steps", "window", "cache", "cache + window"]
+    kinds = ["dense", "fewer steps", "schedule", "window", "cache", "cache + window", "stride"]
     kind = row["definition"]["kind"]
     return kinds.index(kind) if kind in kinds else len(kinds)
 
