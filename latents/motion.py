@@ -146,8 +146,9 @@ def blend(
     landed = landed + splat(torch.cat((moves_b, moves_b * -back), dim=1), back * (1 - t)) * t
     passing = landed[:, 1:] / landed[:, :1].clamp(min=1e-6)
     to_a, to_b = -t * passing, (1 - t) * passing
-    from_a = (1 - t) * (warp(moves_a, to_a) + 1e-3)
-    from_b = t * (warp(moves_b, to_b) + 1e-3)
+    # What the other end cannot confirm is hidden there, so that this end alone knows it.
+    from_a = (1 - t) * (warp(moves_a, to_a) * warp(_is_confirmed(back, forth), to_b) + 2e-2)
+    from_b = t * (warp(moves_b, to_b) * warp(_is_confirmed(forth, back), to_a) + 2e-2)
     moving = (from_a * warp(a, to_a, "bicubic") + from_b * warp(b, to_b, "bicubic")) / (from_a + from_b)
     cover = landed[:, :1].clamp(max=1)
     return cover * moving + (1 - cover) * still
@@ -156,6 +157,12 @@ def blend(
 def _is_moving(flow: torch.Tensor) -> torch.Tensor:
     """0 to 1 [B, 1, H, W]: for less than a pixel a plain mixture of both ends is the better in-between."""
     return (_length(flow) * 2 - 1).clamp(0, 1)
+
+
+def _is_confirmed(there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    """0 to 1 [B, 1, H, W]: whether following one flow there and the other back leads to where one was."""
+    missed = _length(there + warp(back, there))
+    return (1.5 - missed / (4 + 0.5 * _length(there))).clamp(0, 1)
 
 
 def splat(values: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:

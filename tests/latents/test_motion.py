@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 
 import pytest
 import torch
@@ -62,32 +64,62 @@ def psnr(a, b):
     return -10 * torch.log10((a - b).square().mean()).item()
 
 
-def between(motion, a, b, t):
-    return motion.blend(a, b, motion.estimate_motion(a, b), motion.estimate_motion(b, a), t)
+def between(motion, a, b, t, estimate=None):
+    estimate = estimate or motion.estimate_motion
+    return motion.blend(a, b, estimate(a, b), estimate(b, a), t)
+
+
+@pytest.fixture(scope="module")
+def raft(pack):
+    """The small RAFT of the test model, in place of torchvision's weights."""
+    sys.modules["comfyui_tree"].load_tiny()
+    net = pack("latents.flow").RaftFlow(importlib.import_module("tiny_ltx.flow").load_flow().model)
+    return lambda a, b: net(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1))
 
 
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.parametrize("t", [0.25, 0.5])
-def test_motion_beats_mixing(motion, scene, t):
+@pytest.mark.parametrize("method", ["motion", "optical_flow"])
+def test_motion_beats_mixing(motion, raft, method, scene, t):
     a, b, truth = (SCENES[scene](time) for time in (0.0, 1.0, t))
     # The rim shows what neither end has seen.
     inner = (..., slice(8, -8), slice(8, -8))
-    ours, mixed = (psnr(out[inner], truth[inner]) for out in (between(motion, a, b, t), a.lerp(b, t)))
+    moved = between(motion, a, b, t, raft if method == "optical_flow" else None)
+    ours, mixed = (psnr(out[inner], truth[inner]) for out in (moved, a.lerp(b, t)))
     # Where layers part, neither end has seen what appears.
     assert ours > mixed + (0.5 if "crossing" in scene else 10)
 
 
 @pytest.mark.parametrize("shift", [(1.0, 0.0), (5.0, -3.0), (0.5, 2.5)])
-def test_a_known_translation_is_placed_within_half_a_pixel(motion, shift):
+@pytest.mark.parametrize("method", ["motion", "optical_flow"])
+def test_a_known_translation_is_placed_within_half_a_pixel(motion, raft, method, shift):
     a, b = seen(texture(), turned(0)), seen(texture(), turned(0), shift)
+    estimate = raft if method == "optical_flow" else motion.estimate_motion
     # The view moves by shift, so what it shows moves by minus shift.
-    flow = motion.estimate_motion(a, b)[..., 12:-12, 12:-12]
+    flow = estimate(a, b)[..., 12:-12, 12:-12]
     error = (flow + torch.tensor(shift).view(1, 2, 1, 1)).square().sum(dim=1).sqrt()
     assert error.mean() < 0.25 and error.quantile(0.95) < 0.5
-    middle = between(motion, a, b, 0.5)
+    middle = between(motion, a, b, 0.5, estimate)
     halves = [seen(texture(), turned(0), (shift[0] / 2 + dx, shift[1] / 2)) for dx in (-0.5, 0.0, 0.5)]
     scores = [psnr(middle[..., 12:-12, 12:-12], half[..., 12:-12, 12:-12]) for half in halves]
     assert scores[1] == max(scores)
+
+
+@pytest.mark.parametrize("stride", [4, 8])
+def test_clips_of_the_test_model_at_large_steps(motion, raft, stride):
+    """Shapes bouncing over a panning wave, the fast ones: both methods against plain mixing."""
+    clips = importlib.import_module("tiny_ltx.clips")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor([[shape, 0, way, 2] for shape in range(4) for way in range(3)])
+    pixels = clips.draw_clips(12, 4, generator, ids=ids, fps=torch.full((12,), 24.0)).pixels
+    errors = dict.fromkeys(("linear", "motion", "optical_flow"), 0.0)
+    for k in range(0, 24, stride):
+        a, b, truth = (pixels[:, i : i + 1] for i in (k, k + stride, k + stride // 2))
+        made = {"linear": a.lerp(b, 0.5), "motion": between(motion, a, b, 0.5)}
+        made["optical_flow"] = between(motion, a, b, 0.5, raft)
+        for name, out in made.items():
+            errors[name] += (out - truth).square().mean().item()
+    assert errors["motion"] < errors["linear"] / 2 and errors["optical_flow"] < errors["linear"] / 2
 
 
 def test_what_stands_still_stays_as_it_is(motion):
