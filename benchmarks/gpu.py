@@ -13,6 +13,7 @@ of the output file that were measured on the same kind of GPU, PyTorch and Comfy
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import math
@@ -144,7 +145,9 @@ def standing_on(ground: Ground, model: Any) -> Iterator[Any]:
             return
         mm.unload_all_models()
         model.model.to("cpu")
+        gc.collect()
         torch.cuda.empty_cache()
+        print(f"left on the GPU: {torch.cuda.memory_allocated() / 2**30:.2f} GiB", flush=True)
         limit = int(CARD_GIB * 2**30)
         total = torch.cuda.mem_get_info()[1]
         # The allocator refuses what the small card has not, and ComfyUI is told what is left of it.

@@ -26,8 +26,9 @@ class KeyframeStride(io.ComfyNode):
                 "LTX-Video and LTX-2. Diffuses fewer latent frames for the same seconds: the clip comes out at the "
                 "frame rate divided by stride, and everything in a step gets cheaper by about that factor. It is "
                 "exactly the stock graph with a shorter latent and a lower frame rate. In-between frames come from "
-                "Latent Flow Interpolate or a frame interpolation model. It is another clip than the full one, not a "
-                "preview of it, and depends on how well the weights know low frame rates; fast motion suffers first."
+                "Latent Flow Interpolate or a frame interpolation model. In our measurements stride 2 stayed closer to "
+                "real clips than fewer steps at the same cost. It is another clip than the full one, not a preview of "
+                "it, and depends on how well the weights know low frame rates; fast motion suffers first."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="An LTX-Video or LTX-2 model. It is cloned, not changed."),
