@@ -28,7 +28,7 @@ import metrics
 import torch
 from comfyui_version import __version__ as comfyui_version
 from price import PriceList
-from report import write_report
+from report import short_tables, stride_tables, tables
 from rows import DENSE, PESSIMIST, ROWS, STUDENT, TEACHER, Row
 from sampling import FPS, decode, sample_clips
 
@@ -221,6 +221,18 @@ def sample(
 
 def gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)"
+
+
+def write_report(report: dict[str, Any], out: Path) -> None:
+    """Tables and picture beside the JSON."""
+    for ending, table in (("", tables), ("_short", short_tables), ("_strides", stride_tables)):
+        out.with_name(f"{out.stem}{ending}.md").write_text(table(report))
+    try:
+        from chart import draw_chart
+    except ImportError as error:
+        print(f"no picture: {error}")
+        return
+    draw_chart(report, out.with_suffix(".png"))
 
 
 def save(report: dict[str, Any], path: Path) -> None:

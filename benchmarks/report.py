@@ -1,9 +1,8 @@
-"""The quality table in Markdown and as a picture, with the rival of every row. Reads the JSON's content only."""
+"""The quality table in Markdown, with the rival of every row. Reads the JSON's content only."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from pathlib import Path
 from typing import Any
 
 # What the README shows, at the LTX-2 size whose FLOPs stand for the tiny clip's length.
@@ -80,18 +79,6 @@ def between(line: list[tuple[float, dict[str, float]]], cost: float) -> dict[str
     part = (cost - places[i - 1]) / (places[i] - places[i - 1])
     left, right = line[i - 1][1], line[i][1]
     return {name: left[name] + part * (right[name] - left[name]) for name in left if name in right}
-
-
-def write_report(report: dict[str, Any], out: Path) -> None:
-    out.with_suffix(".md").write_text(tables(report))
-    out.with_name(f"{out.stem}_short.md").write_text(short_tables(report))
-    out.with_name(f"{out.stem}_strides.md").write_text(stride_tables(report))
-    try:
-        from chart import draw_chart
-    except ImportError as error:
-        print(f"no picture: {error}")
-        return
-    draw_chart(report, out.with_suffix(".png"))
 
 
 def groups(report: dict[str, Any]) -> list[tuple[str, int, list[dict[str, Any]]]]:
