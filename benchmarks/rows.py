@@ -24,8 +24,9 @@ UNIFORM, TAIL, HEAD = "uniform", "tail", "head"
 class Striding:
     """Fewer latent frames, and how the others are made.
 
-    method, has_vae: of LatentFlowInterpolate. until: the first stage stops at this sigma and its clean estimate is
-    filled in (coarse to fine). again_from: the finished clip is filled in, noised up to this sigma and refined.
+    method, has_vae: of LatentFlowInterpolate. until: the first stage stops at the step nearest to this sigma and its
+    clean estimate is filled in (coarse to fine). again_from: the finished clip is filled in, noised up to there and
+    refined.
     nodes: of the second stage. is_stretched: whether the model knows of the stride.
     """
 
@@ -193,7 +194,8 @@ ROWS: tuple[Row, ...] = (
     *(strided(stride, "linear") for stride in (2, 3, 4)),
     *fewer(PESSIMIST, (12, 8, 6), UNIFORM),
     *fewer(TEACHER, (5, 4, 3), UNIFORM),
-    *(strided(2, until=sigma, models=BOTH) for sigma in (0.9, 0.75, 0.5, 0.3)),
+    *(strided(2, until=sigma, models=BOTH) for sigma in (0.9, 0.75, 0.5)),
+    strided(2, until=0.3, models=(TEACHER,)),
     Row("LTXVScheduler for 16×880", "schedule", sigmas=scheduled_for(16 * 880), models=(TEACHER,)),
     strided(2, models=(TEACHER,), tokens=16 * 880),
     strided(2, models=(TEACHER,), tokens=9 * 880),

@@ -159,7 +159,7 @@ def sample_strided(
     if not striding.is_stretched:
         stretched = model
     short = latent["samples"].shape[2]
-    ends = first_at(sigmas, striding.until) if striding.until is not None else len(sigmas) - 1
+    ends = nearest_step(sigmas, striding.until) if striding.until is not None else len(sigmas) - 1
     latents, denoised, run = sample_stage(
         pack,
         stretched,
@@ -188,7 +188,7 @@ def sample_strided(
             return frames.to(mm.get_torch_device()), run
     final = filled["samples"]
     if striding.has_second_stage:
-        begins = ends if striding.until is not None else first_at(sigmas, striding.again_from or 0.0)
+        begins = ends if striding.until is not None else nearest_step(sigmas, striding.again_from or 0.0)
         fresh = draw_noise(*final.shape[:3:2], seed + 100)
         final, _, second = sample_stage(
             pack, stretched, recipe, striding.nodes, ids, sigmas[begins:], fresh, final, seed
@@ -198,9 +198,9 @@ def sample_strided(
         return decode(final.to(mm.get_torch_device())), run
 
 
-def first_at(sigmas: tuple[float, ...], level: float) -> int:
-    """The first place in a schedule whose sigma is not above `level`."""
-    return next(i for i, sigma in enumerate(sigmas) if sigma <= level + 1e-4)
+def nearest_step(sigmas: tuple[float, ...], level: float) -> int:
+    """The step of a schedule that starts nearest to the sigma `level`."""
+    return min(range(len(sigmas) - 1), key=lambda i: abs(sigmas[i] - level))
 
 
 def load_flow() -> Any:

@@ -41,6 +41,14 @@ def test_larger_steps_at_the_end_keep_the_start(bench, steps):
     assert head[len(head) - kept - 1 :] == own[24 - kept :] and tail != head
 
 
+@pytest.mark.parametrize("frames", [16, 9])
+def test_schedules_for_a_length_are_those_of_core(bench, frames):
+    core = pytest.importorskip("comfy_extras.nodes_lt", exc_type=ImportError).LTXVScheduler
+    latent = {"samples": torch.zeros(1, 128, frames, 22, 40)}
+    wanted = core.execute(24, 2.05, 0.95, True, 0.1, latent).args[0]
+    assert bench("rows").scheduled_for(frames * 880) == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
 def test_rows_have_names_of_their_own(bench):
     rows = bench("rows")
     names = [(model, row.name) for row in rows.ROWS for model in row.models]
@@ -81,12 +89,13 @@ def test_rival_lies_between_measured_step_counts(bench):
 def test_script_runs_keeps_its_rows_and_draws(pack, tmp_path):
     out = tmp_path / "quality.json"
     command = [sys.executable, str(pack.root / "benchmarks" / "quality.py"), "--out", str(out)]
-    only = ["--only", "dense", "±1, 0 sink", "7 steps, larger at the end"]
+    strided = "stride 4, motion, full length from σ 0.9"
+    only = ["--only", "dense", "±1, 0 sink", "7 steps, larger at the end", "stride 4, motion", strided]
     run = ["--models", "student", "--frames", "13", "--clips", "6", *only]
     subprocess.run([*command, *run], check=True, timeout=600)
     report = json.loads(out.read_text())
     rows = {row["row"]: row for row in report["rows"]}
-    assert len(rows) == 3
+    assert len(rows) == 5
     dense, window, seven = rows["dense"], rows["±1, 0 sink"], rows["7 steps, larger at the end"]
     assert set(dense["cost"].values()) == {1.0} and "psnr" not in dense["figures"]
     assert [len(run["executed"]) for run in seven["runs"]] == [7, 7, 7]
@@ -97,7 +106,14 @@ def test_script_runs_keeps_its_rows_and_draws(pack, tmp_path):
     for clip, cost in window["cost"].items():
         assert cost == pytest.approx(wanted[clip], rel=1e-6)
     assert 10 < window["figures"]["psnr"] < seven["figures"]["psnr"] < 60
-    assert out.with_suffix(".md").read_text().count("\n| ") == 4 and out.with_suffix(".png").is_file()
+    assert out.with_suffix(".md").read_text().count("\n| ") == 6 and out.with_suffix(".png").is_file()
+
+    # A quarter of the tokens leaves less than a third of the work; the second stage has 3 of 8 steps at full length.
+    assert all(0.1 < cost < 0.33 for cost in rows["stride 4, motion"]["cost"].values())
+    both = rows[strided]
+    assert [len(run["second"]["executed"]) for run in both["runs"]] == [3, 3, 3]
+    for clip, cost in both["cost"].items():
+        assert cost > 3 / 8 + 5 / 8 * rows["stride 4, motion"]["cost"][clip]
 
     before = out.read_text()
     again = subprocess.run([*command, *run], check=True, timeout=600, capture_output=True, text=True)
