@@ -22,11 +22,19 @@ SHORT_STRIDES = (
     "stride 3, motion",
     "stride 4, motion",
     "stride 4, linear",
-    "stride 2, linear on latents",
-    "stride 2, linear on latents, times not stretched",
+    "stride 2, motion, 12 steps",
+    "stride 3, motion, 12 steps",
     "stride 2, motion, full length from σ 0.9",
     "stride 2, motion, full length from σ 0.75",
     "stride 2, motion, full length from σ 0.5",
+    "stride 2, motion, refined from σ 0.9",
+    "stride 2, motion, refined from σ 0.7",
+    "stride 2, linear on latents",
+    "stride 2, motion, times not stretched",
+    "stride 2, linear on latents, times not stretched",
+    "LTXVScheduler for 16×880",
+    "stride 2, motion, LTXVScheduler for 16×880",
+    "stride 2, motion, LTXVScheduler for 9×880",
 )
 PRICED_AS = {13: "121 f 1280×704", 25: "481 f 1280×704"}
 SIZES = {"97 f 896×512": "13×448", "121 f 1280×704": "16×880", "481 f 1280×704": "61×880"}
@@ -172,7 +180,7 @@ def chosen_tables(
 
 
 def order(row: dict[str, Any]) -> int:
-    kinds = ["dense", "fewer steps", "schedule", "window", "cache", "cache + window", "stride"]
+    kinds = ["dense", "fewer steps", "schedule", "window", "cache", "cache + window", "stride", "stride + full length"]
     kind = row["definition"]["kind"]
     return kinds.index(kind) if kind in kinds else len(kinds)
 
