@@ -180,7 +180,16 @@ def chosen_tables(
 
 
 def order(row: dict[str, Any]) -> int:
-    kinds = ["dense", "fewer steps", "schedule", "window", "cache", "cache + window", "stride", "stride + full length"]
+    kinds = [
+        "dense",
+        "fewer steps",
+        "schedule",
+        "window",
+        "cache",
+        "cache + window",
+        "stride",
+        "stride + full length",
+    ]
     kind = row["definition"]["kind"]
     return kinds.index(kind) if kind in kinds else len(kinds)
 

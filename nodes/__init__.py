@@ -4,5 +4,12 @@ from .apply_temporal_window import ApplyTemporalWindow
 from .keyframe_stride import KeyframeStride
 from .latent_flow_interpolate import LatentFlowInterpolate
 from .load_optical_flow import ThriftLoadOpticalFlow
+from .schedule_spatial_freeze import ScheduleSpatialFreeze
 
-NODES = [ApplyTemporalWindow, KeyframeStride, LatentFlowInterpolate, ThriftLoadOpticalFlow]
+NODES = [
+    ApplyTemporalWindow,
+    KeyframeStride,
+    LatentFlowInterpolate,
+    ScheduleSpatialFreeze,
+    ThriftLoadOpticalFlow,
+]

@@ -12,7 +12,9 @@ import torch
 
 from .kernels.tokens import VideoTokens
 from .layouts.layout import Layout, Site, Unclear
-from .run import OUTSIDE_RANGE, Run
+from .reuse import OUTSIDE_RANGE, Moment
+from .run import Run
+from .shadow import shadowed
 from .technique import Attend, AttentionCall, AttentionTechnique
 
 OVERRIDE = "optimized_attention_override"
@@ -31,6 +33,7 @@ class Forward:
     layout: Layout
     tokens: VideoTokens | Unclear
     sigma: float
+    moment: Moment | None = None
 
     @property
     def techniques(self) -> list[AttentionTechnique]:
@@ -46,18 +49,9 @@ def bound_attention(forward: Forward) -> Iterator[None]:
     whatever time, ends up below us.
     """
     roles = {technique.role for technique in forward.techniques}
-    bound = [(module, site) for module, site in forward.layout.sites() if site.role in roles]
-    before = [(module, vars(module).get("forward")) for module, _ in bound]
-    try:
-        for module, site in bound:
-            module.forward = partial(_forward_module, forward, site, module.forward)
+    sites = [(module, site) for module, site in forward.layout.sites() if site.role in roles]
+    with shadowed((module, partial(_forward_module, forward, site)) for module, site in sites):
         yield
-    finally:
-        for module, foreign in before:
-            if foreign is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = foreign
 
 
 @torch.compiler.disable
@@ -94,7 +88,7 @@ def _override(
         rest = {name: value for name, value in given.items() if name not in ("q", "k", "v", "heads", "mask")}
         return backend(q, k, v, given["heads"], mask=mask, **rest)
 
-    call = _read_call(forward, site, module_mask, given)
+    call = _read_call(forward, site, module_mask, given, is_foreign=OVERRIDE in options)
     attend: Attend = innermost
     outcomes: list[tuple[AttentionTechnique, str | None]] = []
     share = 1.0
@@ -103,9 +97,14 @@ def _override(
             continue
         reason = _reason_to_decline(forward, technique, call)
         outcomes.append((technique, reason))
-        if reason is None and isinstance(call, AttentionCall):
+        if not isinstance(call, AttentionCall):
+            continue
+        if reason is None:
             attend = partial(_attend, technique, call, attend)
-            share *= technique.cost(call.tokens, call.rows)
+            share *= technique.cost(call)
+            call = replace(call, is_covered=True)
+        else:
+            technique.observe(call)
     pairs = given["q"].shape[-2] * given["k"].shape[-2]
     forward.run.count_attention(outcomes, pairs, share)
     return attend(given["q"], given["k"], given["v"], given.get("mask"))
@@ -124,7 +123,7 @@ def _attend(
 
 
 def _read_call(
-    forward: Forward, site: Site, module_mask: Any, given: Mapping[str, Any]
+    forward: Forward, site: Site, module_mask: Any, given: Mapping[str, Any], is_foreign: bool
 ) -> AttentionCall | Unclear:
     tokens = forward.tokens
     if isinstance(tokens, Unclear):
@@ -137,7 +136,19 @@ def _read_call(
     rows = forward.layout.query_rows(q, mask, module_mask, tokens)
     if isinstance(rows, Unclear):
         return rows
-    return AttentionCall(q, k, v, mask, rows, tokens, site)
+    return AttentionCall(
+        q,
+        k,
+        v,
+        mask,
+        rows,
+        tokens,
+        site,
+        heads=given["heads"],
+        scale=given.get("scale"),
+        is_foreign=is_foreign,
+        moment=forward.moment,
+    )
 
 
 def _reason_to_decline(
@@ -147,4 +158,4 @@ def _reason_to_decline(
         return call.reason
     if not forward.run.clock.is_within(forward.sigma, technique.start_percent, technique.end_percent):
         return OUTSIDE_RANGE
-    return technique.reason_to_decline(call.tokens, call.rows, call.site)
+    return technique.reason_to_decline(call)

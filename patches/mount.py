@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
+import comfy.model_management as mm
+import torch
 from comfy.patcher_extension import WrappersMP
 
 from .attention import Forward, bound_attention
-from .layouts import read_layout
+from .blocks import bound_blocks
+from .cache import GPU, HOST
+from .clock import SigmaClock
+from .layouts import read_layout, stream_size
 from .layouts.layout import Layout, Unclear
-from .run import Journal, Run, SigmaClock, summarise
+from .reuse import Moment, Subject
+from .run import Journal, Run, summarise
 from .technique import CallTechnique, Technique
 
 KEY = "frame_thrift"
 PLAN = "frame_thrift_plan"
 RUN = "frame_thrift_run"
 JOURNAL = "frame_thrift_journal"
+FROZEN = "frame_thrift_frozen"
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +95,7 @@ def _outer_sample(
         return output
     finally:
         options.pop(RUN, None)
+        run.close()
         _close(run, guider.model_patcher, finished)
 
 
@@ -124,11 +133,94 @@ def _apply_model(
         for technique in run.plan:
             run.count(technique, layout.reason)
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+    sigma = float(options.get("sigmas", t).flatten()[0])
+    moment = _begin(run, layout, sigma, x, c_crossattn, options)
     conds |= _adapted(run, layout)
-    with bound_attention(
-        Forward(run, layout, layout.video_tokens(), float(options.get("sigmas", t).flatten()[0]))
-    ):
-        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+    if moment is not None and moment.is_frozen:
+        options = {**options, FROZEN: True}
+    try:
+        with (
+            bound_attention(Forward(run, layout, layout.video_tokens(), sigma, moment)),
+            bound_blocks(moment, layout),
+        ):
+            output = executor(x, t, c_concat, c_crossattn, control, options, **conds)
+    except BaseException:
+        if moment is not None:
+            moment.reuse.drop(moment.slot)
+        raise
+    if moment is not None:
+        outcomes = moment.finish()
+        if moment.reuse.technique.unit == CallTechnique.unit:
+            for reason in outcomes:
+                run.count(moment.reuse.technique, reason)
+    return output
+
+
+def _begin(
+    run: Run,
+    layout: Layout,
+    sigma: float,
+    x: torch.Tensor,
+    text: Any,
+    options: dict[str, Any],
+) -> Moment | None:
+    """Where this forward stands among those that the plan keeps something from."""
+    if run.reuse is None:
+        return None
+    subject = Subject(
+        conds=(
+            tuple(options.get("uuids", ())),
+            tuple(x.shape),
+            tuple(text.shape) if isinstance(text, torch.Tensor) else None,
+            layout.shapes,
+            x.dtype,
+            x.device,
+        ),
+        window=layout.window_frames,
+        is_perturbed=layout.is_perturbed,
+    )
+    return run.reuse.begin(subject, sigma, run.evaluations)
+
+
+def _diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """A frozen forward streams only the weights that it still needs, none ahead."""
+    for given in (*args, *kwargs.values()):
+        if isinstance(given, dict) and given.get(FROZEN):
+            given["prefetch_dynamic_vbars"] = False
+    return executor(*args, **kwargs)
+
+
+def _prepare_sampling(
+    executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Load seam: asks for the cache's room before the model is loaded, and notes what room there was."""
+    model_options = kwargs.get("model_options") or (args[0] if args else None) or {}
+    run: Run | None = model_options.get("transformer_options", {}).get(RUN)
+    size = stream_size(model.model.diffusion_model, tuple(noise_shape))
+    if run is None or run.reuse is None or size is None:
+        return executor(model, noise_shape, conds, *args, **kwargs)
+    shelf, technique = run.reuse.shelf, run.reuse.technique
+    shelf.host_room = int(mm.get_free_memory(torch.device("cpu")) / 2)
+    if mm.is_device_cpu(model.load_device):
+        shelf.gpu_room = shelf.host_room
+        return executor(model, noise_shape, conds, *args, **kwargs)
+    blocks, numbers = size
+    passes = sum(len(cond) for cond in conds.values())
+    wanted = numbers * mm.dtype_size(model.model.get_dtype_inference()) * passes * blocks
+    wanted *= technique.places_a_block * (2 if technique.has_forecast else 1)
+    wanted = min(wanted, shelf.limit) if shelf.limit else wanted
+    needed = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
+    total = mm.get_total_memory(model.load_device)
+    is_asked = shelf.placement == GPU or (
+        shelf.placement != HOST and model.model_size() + needed + wanted < 0.95 * total
+    )
+    shape = list(noise_shape)
+    if is_asked:
+        # ComfyUI budgets by the noise's shape alone.
+        shape[-1] = math.ceil(shape[-1] * (1 + wanted / needed))
+    out = executor(model, shape, conds, *args, **kwargs)
+    shelf.gpu_room = max(0, int(mm.get_free_memory(model.load_device) - needed)) if is_asked else 0
+    return out
 
 
 def _adapted(run: Run, layout: Layout) -> dict[str, Any]:
@@ -161,6 +253,8 @@ def _close(run: Run, model: Any, finished: bool) -> None:
 
 WRAPPERS = {
     WrappersMP.OUTER_SAMPLE: _outer_sample,
+    WrappersMP.PREPARE_SAMPLING: _prepare_sampling,
     WrappersMP.PREDICT_NOISE: _predict_noise,
     WrappersMP.APPLY_MODEL: _apply_model,
+    WrappersMP.DIFFUSION_MODEL: _diffusion_model,
 }

@@ -3,64 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .cache import GIB, GPU
+from .clock import SigmaClock
+from .freeze import Freeze
+from .reuse import Reuse
 from .technique import AttentionTechnique, Technique
-
-OUTSIDE_RANGE = "OUTSIDE_RANGE"
-
-
-@dataclass(frozen=True)
-class SigmaClock:
-    """The schedule of a run. Positions come from sigma, so samplers may evaluate a sigma as often as they like."""
-
-    sigmas: tuple[float, ...]
-    percent_to_sigma: Callable[[float], float]
-
-    @property
-    def steps(self) -> int:
-        return max(len(self.sigmas) - 1, 0)
-
-    def is_within(self, sigma: float, start_percent: float, end_percent: float) -> bool:
-        """Whether `sigma` lies in a part of the schedule given in ComfyUI's percent."""
-        high = math.inf if start_percent <= 0 else self.percent_to_sigma(start_percent)
-        low = -math.inf if end_percent >= 1 else self.percent_to_sigma(end_percent)
-        return low * (1 - 1e-5) <= sigma <= high * (1 + 1e-5)
-
-    def steps_within(self, start_percent: float, end_percent: float) -> list[int]:
-        steps = range(self.steps)
-        return [i for i in steps if self.is_within(self.sigmas[i], start_percent, end_percent)]
-
-    def percent(self, sigma: float) -> float:
-        """The percent at which the schedule passes `sigma`; percent_to_sigma falls, so bisection finds it."""
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            if self.percent_to_sigma(middle) > sigma:
-                low = middle
-            else:
-                high = middle
-        return high
-
-    def nearest_range(self, start_percent: float, end_percent: float) -> str:
-        """The setting nearest to a range without any step that would cover one."""
-        candidates = []
-        for sigma in self.sigmas[: self.steps]:
-            percent = self.percent(sigma)
-            if percent < start_percent:
-                candidates.append(
-                    (start_percent - percent, f"start_percent {math.floor(percent * 100) / 100:.2f}")
-                )
-            else:
-                candidates.append(
-                    (percent - end_percent, f"end_percent {math.ceil(percent * 100) / 100:.2f}")
-                )
-        return min(candidates)[1] if candidates else "a schedule with steps"
 
 
 @dataclass
@@ -87,6 +40,17 @@ class Run:
         self._dense_pairs = 0.0
         self._computed_pairs = 0.0
         self._said: set[str] = set()
+        freeze = next((entry for entry in self.plan if isinstance(entry, Freeze)), None)
+        self.reuse = Reuse(freeze, clock) if freeze is not None else None
+
+    def close(self) -> None:
+        """Let go of every tensor."""
+        if self.reuse is not None:
+            self.reuse.close()
+
+    @property
+    def evaluations(self) -> int:
+        return self._evaluations
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         return self
@@ -130,16 +94,11 @@ class Run:
 
     def warn_before(self) -> list[str]:
         """What is wrong with the plan before any step is computed."""
-        warnings = []
-        for technique in self.plan:
-            start, end = technique.percents
-            if self.clock.steps and not self.clock.steps_within(start, end):
-                warnings.append(
-                    f"FrameThrift: {technique.name} covers none of the {self.clock.steps} steps "
-                    f"(start_percent {start:g}, end_percent {end:g}); nearest that does: "
-                    f"{self.clock.nearest_range(start, end)}."
-                )
-        return warnings
+        return [
+            warning
+            for technique in self.plan
+            if self.clock.steps and (warning := technique.warn_about(self.clock)) is not None
+        ]
 
     def record(self) -> dict[str, Any]:
         """The run in numbers and names, without tensors."""
@@ -150,11 +109,14 @@ class Run:
                 "evaluations": self._evaluations,
                 "forwards": self._forwards,
                 "attention_share": share,
+                "cache_gib": {place: size / GIB for place, size in self.reuse.shelf.most.items()}
+                if self.reuse is not None
+                else {},
                 "techniques": {
                     technique.name: {
                         "settings": technique.describe(),
                         "unit": technique.unit,
-                        "steps": self.clock.steps_within(*technique.percents),
+                        "steps": technique.acting_steps(self.clock),
                         "taken": self._tallies[technique.name].taken,
                         "declined": dict(self._tallies[technique.name].declined),
                         "is_expected": technique.expected >= self._tallies[technique.name].declined.keys(),
@@ -178,6 +140,11 @@ def summarise(record: dict[str, Any], suspects: Sequence[str] = ()) -> list[tupl
             text = f"{head}{entry['taken']} {entry['unit']} taken, {total} declined{f' ({declined})' if declined else ''}"
             if entry["unit"] == AttentionTechnique.unit:
                 text += f"; video self-attention work {record['attention_share']:.0%} of dense"
+            if name == Freeze.name:
+                text += "".join(
+                    f"; {size:.2g} GiB kept {'beside the model' if place == GPU else 'in host memory'}"
+                    for place, size in record["cache_gib"].items()
+                )
             lines.append((False, f"{text}."))
         elif total and entry["is_expected"]:
             lines.append((False, f"{head}not needed here ({declined}); the result is stock."))
@@ -199,7 +166,11 @@ def _steps(steps: Sequence[int], total: int) -> str:
     if not steps:
         return f"no step of {total}"
     first, last = steps[0] + 1, steps[-1] + 1
-    return f"step {first} of {total}" if first == last else f"steps {first}–{last} of {total}"
+    if first == last:
+        return f"step {first} of {total}"
+    if len(steps) == last - first + 1:
+        return f"steps {first}–{last} of {total}"
+    return f"{len(steps)} of steps {first}–{last} of {total}"
 
 
 class Journal:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from .clock import SigmaClock
 from .kernels.tokens import VideoTokens
 from .layouts.layout import Layout, Role, Site
+
+if TYPE_CHECKING:
+    from .reuse import Moment
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention call as techniques see it: q [B, rows, C], k and v [B, N, C], mask [..., 1 or rows, N]."""
+    """One attention call as techniques see it: q [B, rows, C], k and v [B, N, C], mask [..., 1 or rows, N].
+
+    is_foreign: another pack computes attention here. is_covered: a later technique of the plan acts, too. moment: what
+    the run has kept from earlier steps, if the plan keeps anything.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -26,6 +34,11 @@ class AttentionCall:
     rows: range
     tokens: VideoTokens
     site: Site
+    heads: int
+    scale: float | None
+    is_foreign: bool
+    moment: Moment | None
+    is_covered: bool = False
 
 
 class Technique(ABC):
@@ -44,6 +57,14 @@ class Technique(ABC):
         """Start and end of the part of the schedule in which it may act, in ComfyUI's percent."""
         return 0.0, 1.0
 
+    def acting_steps(self, clock: SigmaClock) -> list[int]:
+        """The steps of a schedule in which it may act."""
+        return clock.steps_within(*self.percents)
+
+    def warn_about(self, clock: SigmaClock) -> str | None:
+        """What is wrong with these settings for a schedule, before any step of it is computed."""
+        return None
+
     @property
     @abstractmethod
     def is_neutral(self) -> bool:
@@ -60,11 +81,10 @@ class Technique(ABC):
 
 
 @dataclass(frozen=True)
-class AttentionTechnique(Technique):
-    """Changes what attention calls of one role compute, in a part of the schedule."""
+class ScheduledTechnique(Technique):
+    """Acts in a part of the schedule that the user sets."""
 
-    unit: ClassVar[str] = "attention calls"
-    role: ClassVar[Role]
+    does: ClassVar[str] = "covers"
 
     start_percent: float
     end_percent: float
@@ -87,17 +107,43 @@ class AttentionTechnique(Technique):
     def neutral_because(self) -> str:
         return f"start_percent {self.start_percent:g} is not below end_percent {self.end_percent:g}"
 
+    def warn_about(self, clock: SigmaClock) -> str | None:
+        if self.acting_steps(clock):
+            return None
+        nearest = next(
+            (
+                f"nearest that does: {setting} {value:.2f}"
+                for setting, value in clock.other_ranges(self.start_percent, self.end_percent)
+                if replace(self, **{setting: value}).acting_steps(clock)
+            ),
+            "no other range would either; take more steps",
+        )
+        return (
+            f"FrameThrift: {self.name} {self.does} none of the {clock.steps} steps (start_percent {self.start_percent:g}, "
+            f"end_percent {self.end_percent:g}); {nearest}."
+        )
+
+
+class AttentionTechnique(ScheduledTechnique):
+    """Changes what attention calls of one role compute, in a part of the schedule."""
+
+    unit: ClassVar[str] = "attention calls"
+    role: ClassVar[Role]
+
     @abstractmethod
-    def reason_to_decline(self, tokens: VideoTokens, rows: range, site: Site) -> str | None:
+    def reason_to_decline(self, call: AttentionCall) -> str | None:
         """Why stock attention has to run here, or None."""
+
+    def observe(self, call: AttentionCall) -> None:
+        """Look at a call that it has declined."""
 
     @abstractmethod
     def attend(self, call: AttentionCall, inner: Attend) -> torch.Tensor:
         """The attention output [B, rows, C], computed by calls of `inner(q, k, v, mask)`."""
 
     @abstractmethod
-    def cost(self, tokens: VideoTokens, rows: range) -> float:
-        """Executed query-key pairs of one call with these query rows, as a share of dense attention."""
+    def cost(self, call: AttentionCall) -> float:
+        """Executed query-key pairs of this call as a share of dense attention."""
 
 
 class CallTechnique(Technique):

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from .kernels.tokens import VideoTokens
 from .kernels.window import attend_window, visible_pairs
-from .layouts.layout import Role, Site
+from .layouts.layout import Role
 from .technique import Attend, AttentionCall, AttentionTechnique
 
 DENSE_BLOCK = "DENSE_BLOCK"
@@ -43,12 +42,13 @@ class TemporalWindow(AttentionTechnique):
         dense = f", {self.dense_blocks} dense blocks at each end" if self.dense_blocks else ""
         return f"±{self.window} latent frames, {self.sink_frames} sink{dense}"
 
-    def reason_to_decline(self, tokens: VideoTokens, rows: range, site: Site) -> str | None:
+    def reason_to_decline(self, call: AttentionCall) -> str | None:
+        tokens, site = call.tokens, call.site
         if not self.dense_blocks <= site.block < site.blocks - self.dense_blocks:
             return DENSE_BLOCK
         if 2 * self.window + 1 >= tokens.frames - tokens.anchors:
             return WINDOW_COVERS_CLIP
-        if rows.start >= tokens.offsets[-1]:
+        if call.rows.start >= tokens.offsets[-1]:
             return GUIDE_QUERIES
         return None
 
@@ -57,5 +57,6 @@ class TemporalWindow(AttentionTechnique):
             call.q, call.k, call.v, call.mask, call.rows, call.tokens, self.window, self.sink_frames, inner
         )
 
-    def cost(self, tokens: VideoTokens, rows: range) -> float:
-        return visible_pairs(tokens, self.window, self.sink_frames, rows) / (len(rows) * tokens.total)
+    def cost(self, call: AttentionCall) -> float:
+        pairs = visible_pairs(call.tokens, self.window, self.sink_frames, call.rows)
+        return pairs / (len(call.rows) * call.tokens.total)

@@ -9,6 +9,7 @@ from . import ltx
 from .layout import Layout, Unclear
 
 FAMILIES = (ltx.read,)
+SIZES = (ltx.stream_size,)
 
 UNKNOWN_MODEL = "UNKNOWN_MODEL"
 
@@ -23,3 +24,9 @@ def read_layout(
         if layout is not None:
             return layout
     return Unclear(UNKNOWN_MODEL)
+
+
+def stream_size(diffusion_model: torch.nn.Module, noise_shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """(blocks, numbers in the video tokens of one cond) that sampling this noise takes; None if unknown."""
+    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
+    return next((size for read in SIZES if (size := read(model, noise_shape)) is not None), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -46,6 +46,43 @@ class Layout(ABC):
     @abstractmethod
     def sites(self) -> Iterator[tuple[torch.nn.Module, Site]]:
         """Every attention module of the model with its place."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[torch.nn.Module]:
+        """The transformer blocks, in order."""
+
+    @abstractmethod
+    def per_frame_work(self, block: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        """The sub-modules of a block that treat every video token alone, by name."""
+
+    @property
+    @abstractmethod
+    def has_other_streams(self) -> bool:
+        """Whether blocks compute something beside video (audio)."""
+
+    @abstractmethod
+    def video_of(self, stream: Any) -> torch.Tensor:
+        """The video tokens [B, N, C] in what a block is given or returns."""
+
+    @abstractmethod
+    def beside_video(self, block: Callable[..., Any], stream: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `block(stream, *args, **kwargs)` returns if it computes everything but video."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Hashable:
+        """Whatever of this forward's shapes the packed latent does not tell."""
+
+    @property
+    @abstractmethod
+    def is_perturbed(self) -> bool:
+        """Whether a guider wants this forward to compute something else than the model would."""
+
+    @property
+    @abstractmethod
+    def window_frames(self) -> tuple[int, ...] | None:
+        """The latent frames of the clip that this forward sees, if it is a context window."""
 
     @abstractmethod
     def video_tokens(self) -> VideoTokens | Unclear:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -23,6 +23,11 @@ ROLES = {
     "video_to_audio_attn": Role.AUDIO_VIDEO,
 }
 
+# Options with which guiders (spatio-temporal guidance, multimodal guidance) switch parts of a pass off.
+STREAMS = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn")
+PERTURBATIONS = ("stg_indexes", "ptb_index")
+CHANNELS = 128
+
 UNCLEAR_SHAPE = "UNCLEAR_SHAPE"
 UNCLEAR_QUERY = "UNCLEAR_QUERY"
 NO_FRAME_RATE = "NO_FRAME_RATE"
@@ -41,20 +46,57 @@ class LtxLayout(Layout):
     def __init__(self, model: Any, x: torch.Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]):
         self._model = model
         self._shape = _video_shape(x, conds.get("latent_shapes"))
+        self._shapes = tuple(tuple(shape) for shape in conds.get("latent_shapes") or ())
         self._keyframe_idxs = conds.get("keyframe_idxs")
         self._denoise_mask = conds.get("denoise_mask")
         self._frame_rate = conds.get("frame_rate")
         self._window = options.get("context_window")
+        self._is_perturbed = not all(options.get(name, True) for name in STREAMS) or any(
+            options.get(name) not in (None, [], ()) for name in PERTURBATIONS
+        )
         anchor = getattr(self._window, "causal_anchor_index", None)
         self._anchors = int(anchor is not None and anchor >= 0)
 
     def sites(self) -> Iterator[tuple[torch.nn.Module, Site]]:
-        blocks = list(self._model.transformer_blocks)
+        blocks = self.blocks
         for index, block in enumerate(blocks):
             for name, role in ROLES.items():
                 module = getattr(block, name, None)
                 if module is not None:
                     yield module, Site(role, index, len(blocks))
+
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        return list(self._model.transformer_blocks)
+
+    def per_frame_work(self, block: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        return {name: getattr(block, name) for name in ("attn2", "ff")}
+
+    @property
+    def has_other_streams(self) -> bool:
+        return hasattr(self.blocks[0], "audio_ff")
+
+    def video_of(self, stream: Any) -> torch.Tensor:
+        return stream[0] if self.has_other_streams else stream
+
+    def beside_video(self, block: Callable[..., Any], stream: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.has_other_streams:
+            return stream
+        options = {**kwargs.pop("transformer_options"), "run_vx": False}
+        return block(stream, *args, transformer_options=options, **kwargs)
+
+    @property
+    def shapes(self) -> Hashable:
+        return self._shapes, self.video_tokens()
+
+    @property
+    def is_perturbed(self) -> bool:
+        return self._is_perturbed
+
+    @property
+    def window_frames(self) -> tuple[int, ...] | None:
+        frames = getattr(self._window, "index_list", None)
+        return None if frames is None else tuple(frames)
 
     def video_tokens(self) -> VideoTokens | Unclear:
         if self._shape is None:
@@ -117,6 +159,14 @@ class LtxLayout(Layout):
             if mask is None and rows == tokens.total - end:
                 return range(end, tokens.total)
         return Unclear(UNCLEAR_QUERY)
+
+
+def stream_size(model: Any, noise_shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """(blocks, numbers in the video tokens of one cond) for noise [B,128,T,h,w], or packed with audio [B,1,n]."""
+    if not any(base.__name__ in CLASS_NAMES for base in type(model).__mro__):
+        return None
+    places = math.prod(noise_shape[2:]) // (CHANNELS if len(noise_shape) == 3 else 1)
+    return len(model.transformer_blocks), noise_shape[0] * places * int(model.inner_dim)
 
 
 def _video_shape(x: torch.Tensor, latent_shapes: Any) -> tuple[int, int, int] | None:

@@ -102,15 +102,16 @@ def test_nonsense_is_rejected_by_name(window, bad):
 
 
 def test_clock(pack):
-    clock = pack("patches.run").SigmaClock((1.0, 0.9, 0.5, 0.1, 0.0), lambda percent: 1 - percent)
+    clock = pack("patches.clock").SigmaClock((1.0, 0.9, 0.5, 0.1, 0.0), lambda percent: 1 - percent)
     assert clock.steps == 4
     assert clock.steps_within(0.0, 1.0) == [0, 1, 2, 3]
     assert clock.steps_within(0.1, 0.5) == [1, 2]
     assert clock.steps_within(0.2, 0.4) == []
     assert clock.is_within(14.6, 0.0, 0.1), "percent 0 has no upper end"
     assert clock.percent(0.5) == pytest.approx(0.5)
-    assert clock.nearest_range(0.2, 0.4) in ("start_percent 0.10", "end_percent 0.50")
-    assert clock.nearest_range(0.92, 0.95) == "start_percent 0.90"
+    assert next(clock.other_ranges(0.2, 0.4)) in (("start_percent", 0.10), ("end_percent", 0.50))
+    assert next(clock.other_ranges(0.92, 0.95)) == ("start_percent", 0.90)
+    assert [clock.step_at(s) for s in (1.5, 1.0, 0.95, 0.9, 0.5, 0.3, 0.05)] == [0, 0, 0, 1, 2, 2, 3]
 
 
 def test_the_node_form(pack):

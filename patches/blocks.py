@@ -1,0 +1,104 @@
+"""Blocks and their sub-modules in one forward: computed as ever, kept from, or replaced by what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from .freeze import BLOCKS, WORK
+from .layouts.layout import Layout
+from .reuse import Moment, Place
+from .shadow import shadowed
+
+
+def bound_blocks(moment: Moment | None, layout: Layout) -> AbstractContextManager[None]:
+    """For the duration of one forward, put the freeze on top of whatever else handles blocks."""
+    scope = None if moment is None else moment.reuse.technique.scope
+    if moment is None or scope not in (WORK, BLOCKS):
+        return nullcontext()
+    kept = moment.reuse.technique.blocks_kept
+    indices = range(kept, len(layout.blocks) - kept)
+    return shadowed((_work if scope == WORK else _whole)(moment, layout, indices))
+
+
+def _work(
+    moment: Moment, layout: Layout, indices: range
+) -> Iterator[tuple[torch.nn.Module, Callable[..., Any]]]:
+    for index in indices:
+        for name, module in layout.per_frame_work(layout.blocks[index]).items():
+            yield module, partial(_forward_work, moment, (index, name))
+
+
+@torch.compiler.disable(recursive=False)
+def _forward_work(
+    moment: Moment,
+    place: Place,
+    original: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    if moment.has(place, like=x):
+        return moment.value(place)
+    out = original(x, *args, **kwargs)
+    moment.computed += 1
+    if moment.is_stored:
+        moment.store(place, out)
+    return out
+
+
+def _whole(
+    moment: Moment, layout: Layout, indices: range
+) -> Iterator[tuple[torch.nn.Module, Callable[..., Any]]]:
+    # Where nothing but video flows through the blocks, a run of frozen ones is one sum.
+    runs = [range(i, i + 1) for i in indices] if layout.has_other_streams else [indices]
+    for run in runs:
+        stretch = _Stretch(moment, layout, run)
+        for index in run:
+            yield layout.blocks[index], partial(_forward_block, stretch, index)
+
+
+class _Stretch:
+    """Neighbouring blocks whose contributions to the video stream are kept as one."""
+
+    def __init__(self, moment: Moment, layout: Layout, indices: range) -> None:
+        self.moment, self.layout, self.indices = moment, layout, indices
+        self.before: torch.Tensor | None = None
+        self.is_frozen = False
+
+    def enter(self, video: torch.Tensor) -> torch.Tensor | None:
+        """What the first block of a frozen stretch adds, or None where all are computed."""
+        place = self.indices[0], "block"
+        self.is_frozen = self.moment.has(place, like=video)
+        if self.is_frozen:
+            return self.moment.value(place)
+        # Blocks write into what they are given.
+        self.before = torch.clone(video) if self.moment.is_stored else None
+        return None
+
+    def leave(self, video: torch.Tensor) -> None:
+        before, self.before = self.before, None
+        if before is not None:
+            self.moment.store((self.indices[0], "block"), torch.sub(video, before, out=before))
+
+
+@torch.compiler.disable(recursive=False)
+def _forward_block(
+    stretch: _Stretch, index: int, original: Callable[..., Any], stream: Any, *args: Any, **kwargs: Any
+) -> Any:
+    layout = stretch.layout
+    added = stretch.enter(layout.video_of(stream)) if index == stretch.indices[0] else None
+    if stretch.is_frozen:
+        out = layout.beside_video(original, stream, *args, **kwargs)
+        if added is not None:
+            layout.video_of(out).add_(added)
+        return out
+    out = original(stream, *args, **kwargs)
+    stretch.moment.computed += 1
+    if index == stretch.indices[-1]:
+        stretch.leave(layout.video_of(out))
+    return out

@@ -1,0 +1,58 @@
+"""Where in the schedule a forward is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SigmaClock:
+    """The schedule of a run. Positions come from sigma, so samplers may evaluate a sigma as often as they like."""
+
+    sigmas: tuple[float, ...]
+    percent_to_sigma: Callable[[float], float]
+
+    @property
+    def steps(self) -> int:
+        return max(len(self.sigmas) - 1, 0)
+
+    def step_at(self, sigma: float) -> int:
+        """The step that `sigma` belongs to: its own, or that during which a sampler evaluates between two."""
+        reached = [i for i in range(self.steps) if self.sigmas[i] >= sigma * (1 - 1e-5)]
+        return max(reached, default=0)
+
+    def is_within(self, sigma: float, start_percent: float, end_percent: float) -> bool:
+        """Whether `sigma` lies in a part of the schedule given in ComfyUI's percent."""
+        high = math.inf if start_percent <= 0 else self.percent_to_sigma(start_percent)
+        low = -math.inf if end_percent >= 1 else self.percent_to_sigma(end_percent)
+        return low * (1 - 1e-5) <= sigma <= high * (1 + 1e-5)
+
+    def steps_within(self, start_percent: float, end_percent: float) -> list[int]:
+        steps = range(self.steps)
+        return [i for i in steps if self.is_within(self.sigmas[i], start_percent, end_percent)]
+
+    def percent(self, sigma: float) -> float:
+        """The percent at which the schedule passes `sigma`; percent_to_sigma falls, so bisection finds it."""
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            if self.percent_to_sigma(middle) > sigma:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def other_ranges(self, start_percent: float, end_percent: float) -> Iterator[tuple[str, float]]:
+        """(setting, value) that would move an end of the range onto a step, nearest first."""
+        candidates = []
+        for sigma in self.sigmas[: self.steps]:
+            percent = self.percent(sigma)
+            if percent < start_percent:
+                value = math.floor(percent * 100) / 100
+                candidates.append((start_percent - percent, "start_percent", value))
+            elif percent > end_percent:
+                candidates.append((percent - end_percent, "end_percent", math.ceil(percent * 100) / 100))
+        for _, setting, value in sorted(candidates):
+            yield setting, value

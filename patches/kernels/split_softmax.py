@@ -1,0 +1,89 @@
+"""Self-attention whose softmax is split into keys of the query's own frame and all others, and merged exactly.
+
+Two parts of one softmax over disjoint keys, each with its output and the logarithm of its sum of exponentials (LSE),
+give the whole: out = σ(lse_a − lse_b)·out_a + σ(lse_b − lse_a)·out_b. The same identity carries FlashAttention's
+blocks (Dao et al., arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from einops import rearrange
+
+from .tokens import VideoTokens
+
+
+def attend_with_lse(
+    q_BHND: torch.Tensor, k_BHKD: torch.Tensor, v_BHKD: torch.Tensor, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B,H,N,D] and LSE [B,H,N] of attention."""
+    aten: Any = torch.ops.aten
+    if q_BHND.device.type != "cuda":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q_BHND, k_BHKD, v_BHKD, scale=scale)[:2]
+    if q_BHND.dtype in (torch.bfloat16, torch.float16):
+        return aten._scaled_dot_product_flash_attention(q_BHND, k_BHKD, v_BHKD, scale=scale)[:2]
+    out, lse = aten._scaled_dot_product_efficient_attention(q_BHND, k_BHKD, v_BHKD, None, True, scale=scale)[
+        :2
+    ]
+    # The kernel pads its LSE to a multiple of 32 queries.
+    return out, lse[..., : q_BHND.shape[2]]
+
+
+@lru_cache
+def has_lse(device_type: str, dtype: torch.dtype, width: int) -> bool:
+    """Whether attention with LSE runs here for heads of this width."""
+    probe = torch.zeros(1, 1, 8, width, device=device_type, dtype=dtype)
+    try:
+        out, lse = attend_with_lse(probe, probe, probe)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return out.shape == probe.shape and lse.shape == probe.shape[:3]
+
+
+def merge(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> torch.Tensor:
+    """The whole attention of two parts [B,H,N,D] with LSE [B,H,N] over disjoint keys."""
+    share = torch.sigmoid(lse_a - lse_b)[..., None].to(out_a.dtype)
+    return torch.lerp(out_b, out_a, share)
+
+
+def own_frame(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, tokens: VideoTokens, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every frame's tokens over their own frame: output [B,H,M,D] and LSE [B,H,M] of the M tokens in frames."""
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
+    parts = [attend_with_lse(q[:, :, f], k[:, :, f], v[:, :, f], scale) for f in frames(tokens)]
+    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def attend_anew(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    tokens: VideoTokens,
+    own: tuple[torch.Tensor, torch.Tensor],
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention [B,N,C] with the own-frame part given; guide tokens behind the frames see everything afresh."""
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
+    out_own, lse_own = own
+    rows = []
+    for f in frames(tokens):
+        other_k, other_v = (torch.cat([x[:, :, : f.start], x[:, :, f.stop :]], dim=2) for x in (k, v))
+        fresh = attend_with_lse(q[:, :, f], other_k, other_v, scale)
+        rows.append(merge(out_own[:, :, f], lse_own[:, :, f], *fresh))
+    if tokens.guides:
+        rows.append(attend_with_lse(q[:, :, tokens.offsets[-1] :], k, v, scale)[0])
+    return rearrange(torch.cat(rows, dim=2), "b h n d -> b n (h d)")
+
+
+def frames(tokens: VideoTokens) -> list[slice]:
+    bounds = zip(tokens.offsets, tokens.offsets[1:], strict=False)
+    return [slice(start, stop) for start, stop in bounds if stop > start]
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)

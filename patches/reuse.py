@@ -1,0 +1,252 @@
+"""What one run keeps from full steps for later ones, and which forward may use it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from .cache import Kept, Shelf
+from .clock import SigmaClock
+
+if TYPE_CHECKING:
+    from .freeze import Freeze
+
+OUTSIDE_RANGE = "OUTSIDE_RANGE"
+FULL_STEP = "FULL_STEP"
+LAST_STEP = "LAST_STEP"
+NO_SCHEDULE = "NO_SCHEDULE"
+PERTURBED = "PERTURBED"
+WINDOW_MOVED = "WINDOW_MOVED"
+SIGMA_ROSE = "SIGMA_ROSE"
+CACHE_FULL = "CACHE_FULL"
+NOT_REACHED = "NOT_REACHED"
+
+Place = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a forward computes, as far as another forward's results may stand in for it.
+
+    conds: everything that has to be the same: ids of the conds, shapes, device. window: the frames of a context
+    window, None without. is_perturbed: a pass that computes something else on purpose.
+    """
+
+    conds: Hashable
+    window: tuple[int, ...] | None
+    is_perturbed: bool
+
+
+@dataclass
+class Held:
+    """The newest full value of one place, and the one before it where a forecast asks for two."""
+
+    newest: Kept
+    sigma: float
+    older: Kept | None = None
+    older_sigma: float = 0.0
+
+    def kept(self) -> list[Kept]:
+        return [self.newest] if self.older is None else [self.newest, self.older]
+
+    def at(self, sigma: float) -> torch.Tensor:
+        """The value to expect at `sigma`; not to be written to."""
+        newest = self.newest.tensor()
+        if self.older is None:
+            return newest
+        return torch.lerp(
+            self.older.tensor(), newest, (sigma - self.older_sigma) / (self.sigma - self.older_sigma)
+        )
+
+
+@dataclass
+class Slot:
+    """What is kept for one subject. step: that of the last full forward, -1 for none."""
+
+    step: int = -1
+    sigma: float = float("inf")
+    evaluation: int = -1
+    held: dict[Place, Held] = field(default_factory=dict)
+
+
+class Reuse:
+    """Kept values of one run. Forwards of several devices may come at the same time; each has its own subjects."""
+
+    def __init__(self, technique: Freeze, clock: SigmaClock) -> None:
+        self.technique = technique
+        self.clock = clock
+        self.within = clock.steps_within(*technique.percents)
+        self.frozen = technique.acting_steps(clock)
+        self.shelf = Shelf(technique.cache_device, int(technique.cache_limit_gb * 2**30))
+        self._slots: dict[tuple[Subject, int], Slot] = {}
+        self._seen: Counter[Subject] = Counter()
+        self._evaluation = -1
+        self._lock = threading.Lock()
+
+    def begin(self, subject: Subject, sigma: float, evaluation: int) -> Moment:
+        """What the coming forward may do. evaluation: how many times the sampler has called for noise so far."""
+        if not self.clock.steps:
+            return Moment(self, Slot(), sigma, -1, NO_SCHEDULE, False)
+        step = self.clock.step_at(sigma)
+        with self._lock:
+            if evaluation != self._evaluation:
+                self._evaluation = evaluation
+                self._seen.clear()
+            key = subject, self._seen[subject]
+            self._seen[subject] += 1
+            if subject.is_perturbed:
+                return Moment(self, Slot(), sigma, step, PERTURBED, False)
+            reason = self._reason(key, step, sigma, evaluation)
+            is_stored = reason is not None and self._is_worth_storing(step)
+            slot = self._slots.get(key, Slot())
+            slot.evaluation = evaluation
+            if is_stored:
+                self._slots[key] = slot
+            elif reason is not None and not any(later > step for later in self.frozen):
+                self._drop(key)
+        return Moment(self, slot, sigma, step, reason, is_stored)
+
+    def close(self) -> None:
+        with self._lock:
+            self._slots.clear()
+
+    def drop(self, slot: Slot) -> None:
+        """Forget what a forward that did not come to its end may have left half written."""
+        with self._lock:
+            for key in [key for key, other in self._slots.items() if other is slot]:
+                self._drop(key)
+
+    def _reason(self, key: tuple[Subject, int], step: int, sigma: float, evaluation: int) -> str | None:
+        """Why the forward is computed in full, or None."""
+        slot = self._slots.get(key)
+        if slot is not None and sigma > slot.sigma * (1 + 1e-5):
+            self._drop(key)
+            return SIGMA_ROSE
+        if slot is not None:
+            slot.sigma = sigma
+        if step not in self.within:
+            return OUTSIDE_RANGE
+        if step == self.clock.steps - 1:
+            return LAST_STEP
+        if slot is None:
+            return WINDOW_MOVED if self._has_moved(key, evaluation) else FULL_STEP
+        is_fresh = slot.step >= self.within[0] and 0 < step - slot.step < self.technique.refresh_every
+        return None if is_fresh else FULL_STEP
+
+    def _has_moved(self, key: tuple[Subject, int], evaluation: int) -> bool:
+        """Whether the same conds were there with another window; what that left is let go."""
+        subject, nth = key
+        if subject.window is None:
+            return False
+        gone = [
+            (other, n)
+            for (other, n), slot in self._slots.items()
+            if other.conds == subject.conds and n == nth and 0 <= slot.evaluation < evaluation
+        ]
+        for old in gone:
+            self._drop(old)
+        return bool(gone)
+
+    def _is_worth_storing(self, step: int) -> bool:
+        later = [frozen for frozen in self.frozen if frozen > step]
+        if not later:
+            return False
+        # A forecast may begin with the step before the range.
+        first = self.within[0] - (1 if self.technique.has_forecast else 0)
+        return step >= first
+
+    def _drop(self, key: tuple[Subject, int]) -> None:
+        slot = self._slots.pop(key, None)
+        for held in slot.held.values() if slot else ():
+            for kept in held.kept():
+                self.shelf.release(kept)
+
+
+@dataclass
+class Moment:
+    """One forward: frozen (`reason` is None), or full, and then perhaps one to keep from."""
+
+    reuse: Reuse
+    slot: Slot
+    sigma: float
+    step: int
+    reason: str | None
+    is_stored: bool
+    reused: int = 0
+    computed: int = 0
+    stored: int = 0
+    refused: int = 0
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.reason is None
+
+    def has(self, place: Place, like: torch.Tensor | None = None) -> bool:
+        """Whether this forward may reuse what was kept for `place`, and it is such a tensor as `like`."""
+        held = self.slot.held.get(place) if self.is_frozen else None
+        if held is None:
+            return False
+        kept = held.newest
+        return like is None or (kept.buffer.shape, kept.buffer.dtype, kept.device) == (
+            like.shape,
+            like.dtype,
+            like.device,
+        )
+
+    def value(self, place: Place) -> torch.Tensor:
+        """What was kept for `place`, or its forecast; not to be written to."""
+        value = self.slot.held[place].at(self.sigma)
+        self._fetch_next(place)
+        self.reused += 1
+        return value
+
+    def store(self, place: Place, value: torch.Tensor) -> None:
+        """Keep a copy of a full value of this forward."""
+        held = self.slot.held.get(place)
+        shelf = self.reuse.shelf
+        if held is None or held.newest.buffer.shape != value.shape:
+            kept = shelf.keep(value)
+            if kept is not None:
+                self.slot.held[place] = Held(kept, self.sigma)
+        elif not self.reuse.technique.has_forecast or held.sigma == self.sigma:
+            held.newest.overwrite(value)
+            held.sigma = self.sigma
+            kept = held.newest
+        else:
+            kept = held.older
+            if kept is None:
+                kept = shelf.keep(value)
+            else:
+                kept.overwrite(value)
+            if kept is not None:
+                held.older, held.older_sigma = held.newest, held.sigma
+                held.newest, held.sigma = kept, self.sigma
+            else:
+                # No room for a second one: hold.
+                held.newest.overwrite(value)
+                held.sigma = self.sigma
+        self.stored += 1
+        self.refused += kept is None
+
+    def finish(self) -> list[str | None]:
+        """Close a forward that came to its end: its outcomes, None for frozen."""
+        if not self.reused + self.computed:
+            return [NOT_REACHED]
+        if not self.is_frozen:
+            if self.stored:
+                self.slot.step, self.slot.sigma = self.step, self.sigma
+            return [self.reason, *([CACHE_FULL] if self.refused else [])]
+        return [None] if self.reused else [CACHE_FULL]
+
+    def _fetch_next(self, place: Place) -> None:
+        """Start the way back of what the next block needs."""
+        places = list(self.slot.held)
+        after = places.index(place) + 1
+        for following in places[after : after + self.reuse.technique.places_a_block]:
+            for kept in self.slot.held[following].kept():
+                kept.fetch()
