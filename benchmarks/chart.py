@@ -16,6 +16,8 @@ MARKS = {
     "window": ("o", "tab:blue"),
     "cache": ("s", "tab:orange"),
     "cache + window": ("D", "tab:purple"),
+    "freeze": ("P", "tab:pink"),
+    "freeze + window": ("X", "tab:olive"),
     "stride": ("^", "tab:red"),
     "stride + full length": ("v", "tab:brown"),
 }

@@ -27,7 +27,7 @@ WINDOWS = [(window, sink) for window in (1, 2, 4) for sink in (0, 1)]
 
 def count_whole(shallow: Any, deep: Any, clip: ltx2.Clip) -> tuple[float, float]:
     """(all, attention) FLOPs with all 48 blocks, from models of one and of two: blocks cost the same each."""
-    one, two = count(shallow, clip), count(deep, clip)
+    one, two = count(shallow, clip, PACK), count(deep, clip, PACK)
     return tuple(a + (ltx2.BLOCKS - 1) * (b - a) for a, b in zip(one, two, strict=True))
 
 

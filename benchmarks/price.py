@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -13,30 +14,51 @@ from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
 from sampling import patch
 from torch.utils.flop_counter import FlopCounterMode
 
+# Inputs that say when a node acts, not what a step in which it does costs.
+ACTING = {"start_percent": 0.0, "end_percent": 1.0, "refresh_every": 2, "forecast": "hold"}
+
 Nodes = Sequence[tuple[str, dict[str, Any]]]
 
 
-def count(model: Any, clip: ltx2.Clip) -> tuple[float, float]:
-    """(all, attention) FLOPs of one forward."""
+def flops_of_split(q: Any, k: Any, v: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    """Both products of attention with LSE."""
+    batch, heads, rows, width = q.shape
+    return 4 * batch * heads * rows * k.shape[2] * width
+
+
+def count(model: Any, clip: ltx2.Clip, pack: str) -> tuple[float, float]:
+    """(all, attention) FLOPs of one forward; with a plan, of one that comes after a full step."""
     latent = ltx2.noise(clip, "meta").unbind()
     packed = torch.cat([part.flatten(1) for part in latent], dim=1)[:, None]
-    options = {
-        **model.model_options.get("transformer_options", {}),
-        "wrappers": model.wrappers,
-        "sigmas": torch.ones(1),
-    }
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    options = {**model.model_options.get("transformer_options", {}), "wrappers": model.wrappers}
+    mount = importlib.import_module(f"{pack}.patches.mount")
+    if mount.PLAN in options:
+        # A schedule whose second step may reuse what the first left.
+        clock = mount.SigmaClock((1.0, 0.75, 0.5, 0.25, 0.0), lambda percent: 1 - percent)
+        options[mount.RUN] = mount.Run(options[mount.PLAN], clock)
+
+    def forward(sigma: float) -> None:
+        if mount.RUN in options:
+            options[mount.RUN].count_evaluation()
         model.model.apply_model(
             packed,
             torch.ones(1, device="meta"),
             c_crossattn=torch.empty(1, ltx2.TEXT_TOKENS, 2 * 3840, device="meta"),
-            transformer_options=options,
+            transformer_options={**options, "sigmas": torch.full((1,), sigma)},
             frame_rate=24.0,
             latent_shapes=[part.shape for part in latent],
         )
+
+    aten = torch.ops.aten
+    split = aten._scaled_dot_product_flash_attention_for_cpu
+    with torch.no_grad():
+        if mount.RUN in options:
+            forward(1.0)
+        with FlopCounterMode(display=False, custom_mapping={split: flops_of_split}) as counter:
+            forward(0.75)
     by_op = counter.get_flop_counts()["Global"]
     # On the meta device attention falls apart into batched products, and nothing else in the model uses those.
-    attention = by_op[torch.ops.aten.bmm]
+    attention = by_op.get(aten.bmm, 0) + by_op.get(split, 0)
     return counter.get_total_flops(), attention
 
 
@@ -60,13 +82,15 @@ class PriceList:
 
     def forward(self, clip: ltx2.Clip, nodes: Nodes) -> float:
         """FLOPs of one forward in which all of `nodes` act, whatever part of the schedule they are set to."""
-        acting = [(name, {**inputs, "start_percent": 0.0, "end_percent": 1.0}) for name, inputs in nodes]
+        acting = [
+            (name, {**inputs, **{k: v for k, v in ACTING.items() if k in inputs}}) for name, inputs in nodes
+        ]
         key = " + ".join(f"{name} {shown(inputs)}" for name, inputs in acting) or "dense"
         prices = self.known.setdefault(clip.name, {})
         if key not in prices:
-            one, two = (count(self.model(blocks), clip)[0] for blocks in (1, 2))
+            one, two = (count(self.model(blocks), clip, self.pack)[0] for blocks in (1, 2))
             beside_blocks = 2 * one - two
-            whole = count(patch(self.pack, self.model(self.blocks), acting), clip)[0]
+            whole = count(patch(self.pack, self.model(self.blocks), acting), clip, self.pack)[0]
             prices[key] = beside_blocks + (whole - beside_blocks) * ltx2.BLOCKS / self.blocks
         return prices[key]
 
@@ -95,4 +119,5 @@ def count_vae(clip: ltx2.Clip) -> dict[str, float]:
 
 def shown(inputs: dict[str, Any]) -> str:
     """Inputs as a key, without the part of the schedule."""
-    return ", ".join(f"{k}={v:g}" for k, v in sorted(inputs.items()) if not k.endswith("_percent"))
+    shown = (f"{k}={v:g}" if isinstance(v, (int, float)) else f"{k}={v}" for k, v in sorted(inputs.items()))
+    return ", ".join(entry for entry in shown if "_percent=" not in entry)

@@ -158,6 +158,41 @@ def window(size: int, sink: int, start: float = 0.0, edge: int = 0) -> Row:
     return Row(name, "window", (("ApplyTemporalWindow", inputs),))
 
 
+def frozen(
+    scope: str,
+    forecast: str,
+    start: float,
+    every: int,
+    end: float = 1.0,
+    then: Row | None = None,
+    models: tuple[str, ...] = (TEACHER,),
+) -> Row:
+    """ScheduleSpatialFreeze, and behind it the nodes of another row.
+
+    The student has three steps below σ 0.95, so that later starts freeze none of its steps.
+    """
+    inputs = {
+        "start_percent": start,
+        "end_percent": end,
+        "refresh_every": every,
+        "scope": scope,
+        "forecast": forecast,
+        "blocks_kept": 0,
+        "cache_device": "auto",
+        "cache_limit_gb": 0.0,
+    }
+    span = f"from {start:g}" + (f" to {end:g}" if end < 1 else "")
+    often = "never refreshed" if every == NEVER else f"every {every}."
+    name, kind, nodes = (
+        f"{scope}, {forecast}, {span}, {often}",
+        "freeze",
+        (("ScheduleSpatialFreeze", inputs),),
+    )
+    if then is not None:
+        name, kind, nodes = f"{name} + {then.name}", f"freeze + {then.kind}", (*nodes, *then.nodes)
+    return Row(name, kind, nodes, models=models)
+
+
 def cached(model: str, threshold: float, then: Row | None = None) -> Row:
     """Core's EasyCache, and behind it the nodes of another row."""
     inputs = {"reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
@@ -167,6 +202,9 @@ def cached(model: str, threshold: float, then: Row | None = None) -> Row:
     return Row(name, kind, nodes, models=(model,))
 
 
+NEVER = 16
+WORK, BLOCKS, ATTENTION = "per-frame work", "whole blocks", "spatial attention"
+STARTS = (0.2, 0.4, 0.6, 0.75)
 DENSE = Row("dense", "dense", models=ALL)
 LONG_CLIP_WINDOW = window(4, 1, edge=1).nodes
 
@@ -191,6 +229,26 @@ ROWS: tuple[Row, ...] = (
     cached(TEACHER, 0.024, window(4, 1, start=0.5)),
     cached(STUDENT, 0.05, window(4, 1, start=0.5)),
     *(strided(stride) for stride in (2, 3, 4)),
+    *(
+        frozen(scope, forecast, start, every)
+        for every in (2, 3, NEVER)
+        for start in STARTS
+        for forecast in ("linear", "hold")
+        for scope in (WORK, BLOCKS)
+    ),
+    *(
+        frozen(scope, "linear", start, every, end)
+        for start, end in ((0.1, 0.75), (0.2, 0.75))
+        for every in (2, 3, 4)
+        for scope in (WORK, BLOCKS)
+    ),
+    *(
+        frozen(scope, forecast, start, every, models=(STUDENT,))
+        for start, every in ((0.0, 2), (0.0, 3), (0.0, NEVER), (0.2, 2))
+        for forecast in ("linear", "hold")
+        for scope in (WORK, BLOCKS)
+    ),
+    *(frozen(scope, "linear", 0.4, 2, then=window(4, 1, start=0.5)) for scope in (WORK, BLOCKS)),
     *(strided(stride, "linear") for stride in (2, 3, 4)),
     *fewer(PESSIMIST, (12, 8, 6), UNIFORM),
     *fewer(TEACHER, (5, 4, 3), UNIFORM),
@@ -216,4 +274,11 @@ ROWS: tuple[Row, ...] = (
     *(strided(stride, "linear", is_stretched=False, models=BOTH) for stride in (2, 3, 4)),
     *(strided(stride, "optical_flow", models=BOTH) for stride in (2, 3, 4)),
     strided(2, "optical_flow", has_vae=False, models=(TEACHER,)),
+    *(
+        frozen(ATTENTION, forecast, start, every)
+        for every in (2, 3, NEVER)
+        for start in STARTS
+        for forecast in ("linear", "hold")
+    ),
+    frozen(ATTENTION, "hold", 0.0, 2, models=(STUDENT,)),
 )

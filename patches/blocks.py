@@ -47,7 +47,7 @@ def _forward_work(
     out = original(x, *args, **kwargs)
     moment.computed += 1
     if moment.is_stored:
-        moment.store(place, out)
+        moment.store(place, out.detach())
     return out
 
 
@@ -77,13 +77,13 @@ class _Stretch:
         if self.is_frozen:
             return self.moment.value(place)
         # Blocks write into what they are given.
-        self.before = torch.clone(video) if self.moment.is_stored else None
+        self.before = torch.clone(video.detach()) if self.moment.is_stored else None
         return None
 
     def leave(self, video: torch.Tensor) -> None:
         before, self.before = self.before, None
         if before is not None:
-            self.moment.store((self.indices[0], "block"), torch.sub(video, before, out=before))
+            self.moment.store((self.indices[0], "block"), before.neg_().add_(video.detach()))
 
 
 @torch.compiler.disable(recursive=False)

@@ -116,7 +116,7 @@ class FrozenAttention(Freeze, AttentionTechnique):
         if moment.is_stored and self._obstacle(call) is None:
             own = own_frame(call.q, call.k, call.v, call.heads, call.tokens, call.scale)
             for part, value in zip(PARTS, own, strict=True):
-                moment.store((call.site.block, part), value)
+                moment.store((call.site.block, part), value.detach())
 
     def attend(self, call: AttentionCall, inner: Attend) -> torch.Tensor:
         assert call.moment is not None

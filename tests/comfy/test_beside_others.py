@@ -10,7 +10,7 @@ import comfy.samplers
 import pytest
 import torch
 from reference import close, equal, masked_model, set_slot, visible
-from tiny_models import FAMILIES, build_model, noise_like, sample, sample_with
+from tiny_models import CUT, FAMILIES, build_model, context_windows, noise_like, sample, sample_with
 
 
 class Backend:
@@ -185,24 +185,6 @@ def test_clones_and_lora(windowed, last_run):
     assert close(result, sample(masked_model(with_lora(model), visible(9, 6, 1, 0))))
     assert not close(result, sample(windowed(model)))
     assert last_run(one)["taken"] == 9
-
-
-def context_windows(patcher, length=7, overlap=3):
-    clone = patcher.clone()
-    windows = comfy.context_windows
-    clone.model_options["context_handler"] = windows.IndexListContextHandler(
-        context_schedule=windows.get_matching_context_schedule(windows.ContextSchedules.STATIC_STANDARD),
-        fuse_method=windows.get_matching_fuse_method(windows.ContextFuseMethods.PYRAMID),
-        context_length=length,
-        context_overlap=overlap,
-        dim=2,
-    )
-    windows.create_prepare_sampling_wrapper(clone)
-    return clone
-
-
-# Older releases cut only plain video latents into windows.
-CUT = FAMILIES if hasattr(comfy.context_windows.IndexListContextHandler, "_get_latent_shapes") else ("ltxv",)
 
 
 @pytest.mark.parametrize("family", CUT)

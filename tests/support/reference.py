@@ -86,3 +86,78 @@ def set_slot(model: Any, override: Callable[..., Any]) -> Any:
     clone = model.clone()
     clone.model_options.setdefault("transformer_options", {})[SLOT] = override
     return clone
+
+
+def freezing_model(
+    model: Any, scope: str, full: Sequence[int], forecast: bool, sigmas: Sequence[float]
+) -> Any:
+    """A clone that stores and re-adds what blocks or their sub-modules put out, in float64, one run long.
+
+    full: the steps computed in full and stored; the others from the first of them on reuse. Written by hand, with
+    nothing of the pack.
+    """
+    clone = model.clone()
+    now: dict[str, Any] = {}
+    stored: dict[Any, list[tuple[float, torch.Tensor]]] = {}
+
+    def note(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        options = args[3]
+        now["sigma"] = float(options["sigmas"][0])
+        now["step"] = min(range(len(sigmas) - 1), key=lambda i: abs(sigmas[i] - now["sigma"]))
+        now["conds"] = tuple(options["uuids"])
+        return executor(x, t, *args, **kwargs)
+
+    clone.add_wrapper_with_key("apply_model", "reference", note)
+
+    def recall(place: str) -> torch.Tensor | None:
+        values = stored.get((now["conds"], place))
+        if now["step"] in full or not values:
+            return None
+        (sigma, value) = values[-1]
+        if forecast and len(values) > 1:
+            earlier, before = values[-2]
+            value = value + (value - before) * (now["sigma"] - sigma) / (sigma - earlier)
+        return value
+
+    def remember(place: str, value: torch.Tensor) -> None:
+        if now["step"] in full:
+            stored.setdefault((now["conds"], place), []).append((now["sigma"], value.double()))
+
+    def module(forward: Any, place: str) -> Any:
+        def patched(x: Any, *args: Any, **kwargs: Any) -> Any:
+            value = recall(place)
+            if value is not None:
+                return value.to(x.dtype)
+            out = forward(x, *args, **kwargs)
+            remember(place, out)
+            return out
+
+        return patched
+
+    def block(forward: Any, place: str) -> Any:
+        def patched(stream: Any, *args: Any, **kwargs: Any) -> Any:
+            is_pair = isinstance(stream, tuple)
+            video = stream[0] if is_pair else stream
+            before, value = video.double().clone(), recall(place)
+            if value is None:
+                out = forward(stream, *args, **kwargs)
+                remember(place, (out[0] if is_pair else out).double() - before)
+                return out
+            added = (before + value).to(video.dtype)
+            if not is_pair:
+                return added
+            options = {**kwargs["transformer_options"], "run_vx": False}
+            return added, forward(stream, *args, **{**kwargs, "transformer_options": options})[1]
+
+        return patched
+
+    for index, each in enumerate(model.model.diffusion_model.transformer_blocks):
+        path = f"diffusion_model.transformer_blocks.{index}"
+        if scope == "whole blocks":
+            clone.add_object_patch(f"{path}.forward", block(each.forward, path))
+        else:
+            for name in ("attn2", "ff"):
+                clone.add_object_patch(
+                    f"{path}.{name}.forward", module(getattr(each, name).forward, f"{path}.{name}")
+                )
+    return clone

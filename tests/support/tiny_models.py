@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.context_windows
 import comfy.model_base
 import comfy.model_patcher
 import comfy.model_sampling
@@ -127,3 +128,22 @@ def sample_with(guider: Any, family: str, cfg: float = 2.0) -> list[torch.Tensor
     noise, sampler = noise_like(family), comfy.samplers.sampler_object("euler")
     out = guider.sample(noise, zeros_like(noise), sampler, torch.linspace(1, 0, 4), disable_pbar=True, seed=3)
     return list(out.unbind()) if out.is_nested else [out]
+
+
+def context_windows(patcher: Any, length: int = 7, overlap: int = 3) -> Any:
+    """A clone that samples 15 latent frames in windows that stay where they are."""
+    clone = patcher.clone()
+    windows = comfy.context_windows
+    clone.model_options["context_handler"] = windows.IndexListContextHandler(
+        context_schedule=windows.get_matching_context_schedule(windows.ContextSchedules.STATIC_STANDARD),
+        fuse_method=windows.get_matching_fuse_method(windows.ContextFuseMethods.PYRAMID),
+        context_length=length,
+        context_overlap=overlap,
+        dim=2,
+    )
+    windows.create_prepare_sampling_wrapper(clone)
+    return clone
+
+
+# Older releases cut only plain video latents into windows.
+CUT = FAMILIES if hasattr(comfy.context_windows.IndexListContextHandler, "_get_latent_shapes") else ("ltxv",)
