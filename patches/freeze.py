@@ -36,8 +36,8 @@ class Freeze(ScheduledTechnique):
 
     WORK: the outputs of feed-forward and text cross-attention. BLOCKS: what blocks add to the video stream. The
     subclass FrozenAttention: the share of self-attention within a frame. The first step in the range and the last
-    of the schedule are full. forecast: the last full value (HOLD), or the line through the last two (LINEAR, a
-    first-order Taylor forecast: TaylorSeer, arXiv 2503.06923). blocks_kept: so many first and last blocks are
+    of the schedule are full. forecast: the last full value (HOLD), or the line through the last two, followed no
+    further than they lie apart (LINEAR, a first-order Taylor forecast: TaylorSeer, arXiv 2503.06923). blocks_kept: so many first and last blocks are
     always computed. Raises ValueError, naming the setting, for values outside their range.
     """
 

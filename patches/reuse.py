@@ -59,9 +59,9 @@ class Held:
         newest = self.newest.tensor()
         if self.older is None:
             return newest
-        return torch.lerp(
-            self.older.tensor(), newest, (sigma - self.older_sigma) / (self.sigma - self.older_sigma)
-        )
+        # Never further than the two values lie apart: beyond that the line leads anywhere.
+        ahead = min((sigma - self.sigma) / (self.sigma - self.older_sigma), 1.0)
+        return torch.lerp(self.older.tensor(), newest, 1 + ahead)
 
 
 @dataclass

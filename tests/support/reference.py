@@ -116,7 +116,7 @@ def freezing_model(
         (sigma, value) = values[-1]
         if forecast and len(values) > 1:
             earlier, before = values[-2]
-            value = value + (value - before) * (now["sigma"] - sigma) / (sigma - earlier)
+            value = value + (value - before) * min((now["sigma"] - sigma) / (sigma - earlier), 1)
         return value
 
     def remember(place: str, value: torch.Tensor) -> None:
