@@ -206,20 +206,22 @@ def _prepare_sampling(
         return executor(model, noise_shape, conds, *args, **kwargs)
     blocks, numbers = size
     passes = sum(len(cond) for cond in conds.values())
-    wanted = numbers * mm.dtype_size(model.model.get_dtype_inference()) * passes * blocks
-    wanted *= technique.places_a_block * (2 if technique.has_forecast else 1)
+    stream = numbers * mm.dtype_size(model.model.get_dtype_inference()) * passes
+    wanted = stream * blocks * technique.places_a_block * (2 if technique.has_forecast else 1)
     wanted = min(wanted, shelf.limit) if shelf.limit else wanted
     needed = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
+    # ComfyUI's own estimate is far too high for packed latents; a block holds about a dozen such tensors at once.
+    reserve = 16 * stream
     total = mm.get_total_memory(model.load_device)
     is_asked = shelf.placement == GPU or (
-        shelf.placement != HOST and model.model_size() + needed + wanted < 0.95 * total
+        shelf.placement != HOST and model.model_size() + reserve + wanted < 0.95 * total
     )
     shape = list(noise_shape)
     if is_asked:
         # ComfyUI budgets by the noise's shape alone.
         shape[-1] = math.ceil(shape[-1] * (1 + wanted / needed))
     out = executor(model, shape, conds, *args, **kwargs)
-    shelf.gpu_room = max(0, int(mm.get_free_memory(model.load_device) - needed)) if is_asked else 0
+    shelf.gpu_room = max(0, int(mm.get_free_memory(model.load_device) - reserve)) if is_asked else 0
     return out
 
 

@@ -1,0 +1,204 @@
+"""Times whole runs with ScheduleSpatialFreeze against dense at LTX-2 size on one GPU, and what it keeps where.
+
+    python benchmarks/freeze.py [--out FILE] [--seconds 480]
+
+LTXAVModel with 48 blocks and random bf16 weights, Euler, no CFG: 24 steps of LTXVScheduler's curve, and the 8
+distilled sigmas. Every clip starts with a warm-up step and a dense run. Where values are kept in host memory, the
+hidden share of their transfers is 1 - (time over that with the GPU's memory) / (time that the copies take alone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+from runtime import PACK  # isort: split
+
+import comfy.sample
+import comfy.samplers
+import ltx2
+import torch
+from comfyui_version import __version__ as comfyui_version
+from rows import ATTENTION, BLOCKS, WORK, scheduled_for
+from sampling import patch
+
+from tiny_ltx.model import STUDENT_RECIPE
+
+LONG, SHORT = {"start_percent": 0.4, "refresh_every": 3}, {"start_percent": 0.2, "refresh_every": 2}
+SHARED = {"end_percent": 1.0, "blocks_kept": 0, "cache_limit_gb": 0.0}
+
+
+def setting(scope: str, forecast: str, device: str, when: dict[str, Any]) -> dict[str, Any]:
+    return {**SHARED, **when, "scope": scope, "forecast": forecast, "cache_device": device}
+
+
+# (clip of ltx2.py, steps, settings), most telling first.
+PLAN: tuple[tuple[int, int, tuple[dict[str, Any], ...]], ...] = (
+    (
+        1,
+        24,
+        (
+            setting(BLOCKS, "linear", "gpu", LONG),
+            setting(BLOCKS, "linear", "cpu", LONG),
+            setting(WORK, "linear", "gpu", LONG),
+            setting(WORK, "linear", "cpu", LONG),
+            setting(ATTENTION, "hold", "gpu", LONG),
+        ),
+    ),
+    (0, 24, (setting(BLOCKS, "linear", "gpu", LONG), setting(WORK, "linear", "gpu", LONG))),
+    (1, 8, (setting(BLOCKS, "hold", "gpu", SHORT), setting(WORK, "hold", "gpu", SHORT))),
+    (0, 8, (setting(BLOCKS, "hold", "gpu", SHORT), setting(WORK, "hold", "gpu", SHORT))),
+)
+
+
+def run(model: Any, clip: ltx2.Clip, sigmas: tuple[float, ...], device: str) -> dict[str, float]:
+    """Seconds and peak GiB above the weights of one sampler."""
+    latent = ltx2.empty(clip, "cpu")
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    comfy.sample.sample_custom(
+        model,
+        ltx2.noise(clip, "cpu"),
+        1.0,
+        comfy.samplers.sampler_object("euler"),
+        torch.tensor(sigmas),
+        ltx2.conditioning(device),
+        ltx2.conditioning(device),
+        latent,
+        disable_pbar=True,
+        seed=0,
+    )
+    if device != "cuda":
+        return {"seconds": time.perf_counter() - begun, "peak_gib": 0.0}
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - begun
+    weights = sum(p.nbytes for p in model.model.parameters() if p.is_cuda)
+    return {"seconds": seconds, "peak_gib": (torch.cuda.max_memory_allocated() - weights) / 2**30}
+
+
+def bandwidth() -> float:
+    """Bytes a second from pinned host memory to the GPU."""
+    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    host.to("cuda", non_blocking=True)
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(8):
+        host.to("cuda", non_blocking=True)
+    torch.cuda.synchronize()
+    return 8 * host.nbytes / (time.perf_counter() - begun)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "freeze.json")
+    parser.add_argument("--seconds", type=float, default=480, help="start no run later than that")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--blocks", type=int, default=ltx2.BLOCKS, help="fewer for a look on a CPU")
+    options = parser.parse_args()
+    begin = time.monotonic()
+    model = ltx2.build_ltx2(options.device, blocks=options.blocks)
+    journal_of = importlib.import_module(f"{PACK}.patches.mount").journal_of
+    on_gpu = options.device == "cuda"
+    report: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name() if on_gpu else "none (CPU)",
+        "torch": torch.__version__,
+        "comfyui": comfyui_version,
+        "bytes_a_second": bandwidth() if on_gpu else None,
+        "rows": [],
+    }
+    with torch.inference_mode():
+        for index, steps, settings in PLAN:
+            clip = ltx2.CLIPS[index]
+            tokens = math.prod(clip.grid)
+            sigmas = STUDENT_RECIPE.sigmas if steps == 8 else scheduled_for(tokens, steps)
+            if time.monotonic() - begin > options.seconds:
+                break
+            run(model, clip, sigmas[-2:], options.device)
+            dense = run(model, clip, sigmas, options.device)
+            for chosen in settings:
+                if time.monotonic() - begin > options.seconds:
+                    break
+                patched = patch(PACK, model, [("ScheduleSpatialFreeze", chosen)])
+                figures = run(patched, clip, sigmas, options.device)
+                record = journal_of(patched).records()[-1]
+                technique = record["techniques"]["spatial freeze"]
+                row = {
+                    "clip": clip.name,
+                    "steps": steps,
+                    **chosen,
+                    **figures,
+                    "dense_seconds": dense["seconds"],
+                    "dense_peak_gib": dense["peak_gib"],
+                    "of_dense": figures["seconds"] / dense["seconds"],
+                    "frozen_steps": len(technique["steps"]),
+                    "taken": technique["taken"],
+                    "declined": technique["declined"],
+                    "cache_gib": record["cache_gib"],
+                }
+                report["rows"].append(row)
+                print(row, flush=True)
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.with_suffix(".md").write_text(table(report))
+    print(table(report))
+
+
+def hidden(row: dict[str, Any], report: dict[str, Any]) -> float | None:
+    """The share of the transfers between GPU and host that other work hid; None without any or without a twin."""
+    twin = next(
+        (
+            other
+            for other in report["rows"]
+            if other["cache_device"] == "gpu"
+            and all(other[key] == row[key] for key in ("clip", "steps", "scope", "forecast"))
+        ),
+        None,
+    )
+    kept = row["cache_gib"].get("cpu", 0.0)
+    if row["cache_device"] != "cpu" or twin is None or not kept or not report["bytes_a_second"]:
+        return None
+    full = kept * 2**30 / (2 if row["forecast"] == "linear" else 1)
+    # Each frozen step fetches everything; the full steps within the range (every refresh_every-th) write one value.
+    writes = math.ceil(row["frozen_steps"] / (row["refresh_every"] - 1)) + (row["forecast"] == "linear")
+    moved = row["frozen_steps"] * kept * 2**30 + writes * full
+    alone = moved / report["bytes_a_second"]
+    return 1 - max(0.0, row["seconds"] - twin["seconds"]) / alone
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown, one row per setting."""
+    out = [
+        "| clip, steps | setting | frozen steps | time of dense | kept | peak above dense | transfers hidden |",
+        "|---" * 7 + "|",
+    ]
+    for row in report["rows"]:
+        kept = ", ".join(
+            f"{size:.1f} GiB {'on the GPU' if place == 'gpu' else 'in host memory'}"
+            for place, size in row["cache_gib"].items()
+        )
+        share = hidden(row, report)
+        cells = [
+            f"{row['clip']}, {row['steps']}",
+            f"{row['scope']}, {row['forecast']}, from {row['start_percent']:g}, every {row['refresh_every']}.",
+            f"{row['frozen_steps']}",
+            f"{row['of_dense']:.0%} of {row['dense_seconds']:.1f} s",
+            kept,
+            f"{row['peak_gib'] - row['dense_peak_gib']:+.2f} GiB",
+            "–" if share is None else f"{share:.0%}",
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+if __name__ == "__main__":
+    main()
