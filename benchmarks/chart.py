@@ -16,11 +16,22 @@ MARKS = {
     "window": ("o", "tab:blue"),
     "cache": ("s", "tab:orange"),
     "cache + window": ("D", "tab:purple"),
-    "freeze": ("P", "tab:pink"),
+    "freeze: whole blocks, linear": ("P", "tab:pink"),
+    "freeze: other": ("x", "plum"),
     "freeze + window": ("X", "tab:olive"),
     "stride": ("^", "tab:red"),
     "stride + full length": ("v", "tab:brown"),
 }
+
+
+def mark_of(row: dict[str, Any]) -> str:
+    """What the picture tells apart."""
+    kind = row["definition"]["kind"]
+    if kind != "freeze":
+        return str(kind)
+    return f"freeze: {'whole blocks, linear' if row['row'].startswith('whole blocks, linear') else 'other'}"
+
+
 FIGURES = (("psnr", "PSNR to dense, dB"), ("frechet", "Fréchet distance"), ("drift", "drift"))
 
 
@@ -64,7 +75,7 @@ def draw_panel(axis: Any, rows: list[dict[str, Any]], frames: int, name: str, la
         if name == "psnr" and kind.startswith("stride"):
             # Another clip than dense, by design.
             continue
-        points = [row for row in rows if row["definition"]["kind"] == kind and name in row["figures"]]
+        points = [row for row in rows if mark_of(row) == kind and name in row["figures"]]
         if points:
             axis.errorbar(
                 [cost(row) for row in points],

@@ -28,7 +28,7 @@ import metrics
 import torch
 from comfyui_version import __version__ as comfyui_version
 from price import PriceList
-from report import short_tables, stride_tables, tables
+from report import freeze_tables, short_tables, stride_tables, tables
 from rows import DENSE, PESSIMIST, ROWS, STUDENT, TEACHER, Row
 from sampling import FPS, decode, sample_clips
 
@@ -225,7 +225,12 @@ def gpu_name() -> str:
 
 def write_report(report: dict[str, Any], out: Path) -> None:
     """Tables and picture beside the JSON."""
-    for ending, table in (("", tables), ("_short", short_tables), ("_strides", stride_tables)):
+    for ending, table in (
+        ("", tables),
+        ("_short", short_tables),
+        ("_strides", stride_tables),
+        ("_freeze", freeze_tables),
+    ):
         out.with_name(f"{out.stem}{ending}.md").write_text(table(report))
     try:
         from chart import draw_chart

@@ -36,6 +36,26 @@ SHORT_STRIDES = (
     "stride 2, motion, LTXVScheduler for 16×880",
     "stride 2, motion, LTXVScheduler for 9×880",
 )
+SHORT_FREEZE = (
+    "whole blocks, linear, from 0.2, every 2.",
+    "whole blocks, linear, from 0.2, every 3.",
+    "whole blocks, linear, from 0.4, every 2.",
+    "whole blocks, linear, from 0.4, every 3.",
+    "whole blocks, linear, from 0.6, every 3.",
+    "whole blocks, linear, from 0.1 to 0.75, every 2.",
+    "whole blocks, linear, from 0.4, never refreshed",
+    "whole blocks, hold, from 0.2, every 2.",
+    "whole blocks, hold, from 0.4, every 3.",
+    "per-frame work, linear, from 0.2, every 2.",
+    "per-frame work, linear, from 0.4, every 3.",
+    "per-frame work, hold, from 0.4, every 3.",
+    "spatial attention, hold, from 0.4, every 3.",
+    "whole blocks, linear, from 0.4, every 2. + ±4, 1 sink, from 0.5",
+    "whole blocks, linear, from 0, every 2.",
+    "EasyCache 0.012",
+    "EasyCache 0.024",
+    "EasyCache 0.05",
+)
 PRICED_AS = {13: "121 f 1280×704", 25: "481 f 1280×704"}
 SIZES = {"97 f 896×512": "13×448", "121 f 1280×704": "16×880", "481 f 1280×704": "61×880"}
 
@@ -129,6 +149,17 @@ def short_tables(report: dict[str, Any]) -> str:
     return chosen_tables(report, "window", SHORT, columns, "psnr")
 
 
+def freeze_tables(report: dict[str, Any]) -> str:
+    """For the README: frozen steps, and core's own cache."""
+    columns = (
+        ("psnr", "PSNR dB", 1),
+        ("frechet", "Fréchet", 1),
+        ("drift", "drift", 4),
+        ("acceleration", "acceleration", 2),
+    )
+    return chosen_tables(report, "freeze", SHORT_FREEZE, columns, "psnr")
+
+
 def stride_tables(report: dict[str, Any]) -> str:
     """For the README: strides. They make another clip than dense, so that PSNR says nothing."""
     columns = (
@@ -187,6 +218,8 @@ def order(row: dict[str, Any]) -> int:
         "window",
         "cache",
         "cache + window",
+        "freeze",
+        "freeze + window",
         "stride",
         "stride + full length",
     ]

@@ -48,7 +48,7 @@ class Freeze(ScheduledTechnique):
 
     refresh_every: int = 3
     scope: str = BLOCKS
-    forecast: str = HOLD
+    forecast: str = LINEAR
     blocks_kept: int = 0
     cache_device: str = "auto"
     cache_limit_gb: float = 0.0

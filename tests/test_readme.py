@@ -10,7 +10,17 @@ import re
 
 def test_tables_are_the_measured_ones(pack):
     readme = (pack.root / "README.md").read_text(encoding="utf-8")
-    for name in ("gpu_short.md", "gpu_strides.md", "flops.md", "quality_short.md", "quality_strides.md"):
+    names = (
+        "gpu_short",
+        "gpu_strides",
+        "flops",
+        "quality_short",
+        "quality_strides",
+        "quality_freeze",
+        "freeze",
+        "recipes",
+    )
+    for name in (f"{name}.md" for name in names):
         assert (pack.root / "benchmarks" / name).read_text(encoding="utf-8").strip() in readme, name
 
 
@@ -65,6 +75,7 @@ def test_quality_tables_come_from_their_json(pack):
     assert (folder / "quality.md").read_text(encoding="utf-8") == report.tables(content)
     assert (folder / "quality_short.md").read_text(encoding="utf-8") == report.short_tables(content)
     assert (folder / "quality_strides.md").read_text(encoding="utf-8") == report.stride_tables(content)
+    assert (folder / "quality_freeze.md").read_text(encoding="utf-8") == report.freeze_tables(content)
     assert all(row["clips"] >= 256 and len(row["seeds"]) >= 3 for row in content["rows"])
     # The nets whose rows these are, and no others, lie in the repository.
     weights = {
@@ -75,3 +86,52 @@ def test_quality_tables_come_from_their_json(pack):
     for model, path in weights.items():
         found = {row["weights"] for row in content["rows"] if row["model"] == model}
         assert found == {hashlib.sha256((pack.root / path).read_bytes()).hexdigest()[:16]}
+
+
+def test_whole_runs_match_their_json(pack):
+    folder = pack.root / "benchmarks"
+    for name, label in (("freeze", "time of dense"), ("recipes", "of dense")):
+        rows = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+        header, _, *lines = (folder / f"{name}.md").read_text(encoding="utf-8").strip().splitlines()
+        column = [cell.strip() for cell in header.split("|")].index(label)
+        shown = [line.split("|")[column].split()[0] for line in lines]
+        assert shown == [f"{row['of_dense']:.0%}" for row in rows]
+    freeze = json.loads((folder / "freeze.json").read_text(encoding="utf-8"))["rows"]
+    blocks = [row for row in freeze if row["scope"] == "whole blocks" and row["cache_device"] == "gpu"]
+    assert [f"{1 - row['of_dense']:.0%}" for row in blocks] == ["23%", "27%"], "README: 23 % and 27 %"
+    assert [row["frozen_steps"] for row in blocks] == [6, 8]
+    in_host = [row for row in freeze if row["cache_device"] == "cpu"]
+    two_blocks = 4 * 14080 * 4096 * 2 / 2**30
+    assert in_host and all(row["peak_gib"] <= row["dense_peak_gib"] + two_blocks for row in in_host)
+
+
+def test_what_the_readme_says_about_frozen_steps(pack):
+    """With a linear forecast whole blocks beat fewer steps at each start, refreshed every 2nd or 3rd step; hold does not."""
+    folder = pack.root / "benchmarks"
+    spec = importlib.util.spec_from_file_location("quality_report", folder / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    rows = json.loads((folder / "quality.json").read_text(encoding="utf-8"))["rows"]
+    checked = 0
+    for frames, size in report.PRICED_AS.items():
+        mine = [row for row in rows if row["model"] == "teacher" and row["frames"] == frames]
+        dense = next(row["figures"] for row in mine if row["row"] == "dense")
+        rival = report.Rival(mine)
+        for row in mine:
+            figures, name = row["figures"], row["row"]
+            if (
+                row["definition"]["kind"] != "freeze"
+                or not name.endswith(("every 2.", "every 3."))
+                or " to " in name
+            ):
+                continue
+            other = rival.at(row["cost"][size])
+            if name.startswith("whole blocks, linear"):
+                assert figures["psnr"] > other["psnr"] and figures["psnr"] > 30, name
+                assert all(abs(figures[key] / dense[key] - 1) < 0.05 for key in ("drift", "acceleration")), (
+                    name
+                )
+            elif row["cost"][size] < 0.87:
+                assert figures["psnr"] < other["psnr"] + 1, name
+            checked += 1
+    assert checked > 30
