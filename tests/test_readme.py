@@ -131,7 +131,7 @@ def test_what_the_readme_says_about_frozen_steps(pack):
                 assert all(abs(figures[key] / dense[key] - 1) < 0.05 for key in ("drift", "acceleration")), (
                     name
                 )
-            elif row["cost"][size] < 0.87:
+            elif row["cost"][size] < 0.83:
                 assert figures["psnr"] < other["psnr"] + 1, name
             checked += 1
     assert checked > 30

@@ -72,7 +72,8 @@ def dry(prompt: dict[str, Any]) -> dict[str, Any]:
         if kinds[key] == "EmptyLTXVLatentVideo":
             node["inputs"].update(width=128, height=128, length=97)
         if kinds[key] == "LTXVScheduler":
-            node["inputs"]["steps"] = 2
+            # The freeze needs steps between full ones.
+            node["inputs"]["steps"] = 8 if "ScheduleSpatialFreeze" in kinds.values() else 2
         if kinds[key] == "SplitSigmas":
             node["inputs"]["step"] = 1
         small[key] = node

@@ -128,3 +128,18 @@ def test_the_node_form(pack):
     assert [i.id for i in schema.inputs] == ["model", *ranges]
     assert all(i.tooltip for i in schema.inputs)
     assert schema.inputs[-1].extra_dict == {"advanced": True}
+
+
+def test_the_form_of_the_freeze(pack):
+    schema = pack("nodes").ScheduleSpatialFreeze.define_schema()
+    assert schema.node_id == "ScheduleSpatialFreeze"
+    assert [i.id for i in schema.inputs] == [
+        "model", "start_percent", "end_percent", "refresh_every", "scope", "forecast", "blocks_kept", "cache_device",
+        "cache_limit_gb",
+    ]  # fmt: skip
+    defaults = {i.id: i.default for i in schema.inputs if hasattr(i, "default")}
+    assert defaults["start_percent"] == 0.6 and defaults["end_percent"] == 1.0
+    assert defaults["refresh_every"] == 3 and defaults["cache_device"] == "auto"
+    advanced = [i.id for i in schema.inputs if (i.extra_dict or {}).get("advanced")]
+    assert advanced == ["forecast", "blocks_kept", "cache_device", "cache_limit_gb"]
+    assert all(i.tooltip for i in schema.inputs)
