@@ -66,11 +66,11 @@ class Held:
 
 @dataclass
 class Slot:
-    """What is kept for one subject. step: that of the last full forward, -1 for none."""
+    """What is kept for one subject. step: that of the last full forward, -1 for none; turn: when it was asked for."""
 
     step: int = -1
     sigma: float = float("inf")
-    evaluation: int = -1
+    turn: int = 0
     held: dict[Place, Held] = field(default_factory=dict)
 
 
@@ -86,6 +86,7 @@ class Reuse:
         self._slots: dict[tuple[Subject, int], Slot] = {}
         self._seen: Counter[Subject] = Counter()
         self._evaluation = -1
+        self._turn = 0
         self._lock = threading.Lock()
 
     def begin(self, subject: Subject, sigma: float, evaluation: int) -> Moment:
@@ -96,15 +97,19 @@ class Reuse:
         with self._lock:
             if evaluation != self._evaluation:
                 self._evaluation = evaluation
+                self._turn += 1
                 self._seen.clear()
+                # Conds that were batched otherwise, or not at all, the last time: nobody will ask for these again.
+                for stale in [key for key, slot in self._slots.items() if slot.turn < self._turn - 1]:
+                    self._drop(stale)
             key = subject, self._seen[subject]
             self._seen[subject] += 1
             if subject.is_perturbed:
                 return Moment(self, Slot(), sigma, step, PERTURBED, False)
-            reason = self._reason(key, step, sigma, evaluation)
+            reason = self._reason(key, step, sigma)
             is_stored = reason is not None and self._is_worth_storing(step)
             slot = self._slots.get(key, Slot())
-            slot.evaluation = evaluation
+            slot.turn = self._turn
             if is_stored:
                 self._slots[key] = slot
             elif reason is not None and not any(later > step for later in self.frozen):
@@ -121,7 +126,7 @@ class Reuse:
             for key in [key for key, other in self._slots.items() if other is slot]:
                 self._drop(key)
 
-    def _reason(self, key: tuple[Subject, int], step: int, sigma: float, evaluation: int) -> str | None:
+    def _reason(self, key: tuple[Subject, int], step: int, sigma: float) -> str | None:
         """Why the forward is computed in full, or None."""
         slot = self._slots.get(key)
         if slot is not None and sigma > slot.sigma * (1 + 1e-5):
@@ -134,11 +139,11 @@ class Reuse:
         if step == self.clock.steps - 1:
             return LAST_STEP
         if slot is None:
-            return WINDOW_MOVED if self._has_moved(key, evaluation) else FULL_STEP
+            return WINDOW_MOVED if self._has_moved(key) else FULL_STEP
         is_fresh = slot.step >= self.within[0] and 0 < step - slot.step < self.technique.refresh_every
         return None if is_fresh else FULL_STEP
 
-    def _has_moved(self, key: tuple[Subject, int], evaluation: int) -> bool:
+    def _has_moved(self, key: tuple[Subject, int]) -> bool:
         """Whether the same conds were there with another window; what that left is let go."""
         subject, nth = key
         if subject.window is None:
@@ -146,7 +151,7 @@ class Reuse:
         gone = [
             (other, n)
             for (other, n), slot in self._slots.items()
-            if other.conds == subject.conds and n == nth and 0 <= slot.evaluation < evaluation
+            if other.conds == subject.conds and n == nth and slot.turn < self._turn
         ]
         for old in gone:
             self._drop(old)

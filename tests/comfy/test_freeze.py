@@ -156,11 +156,11 @@ def test_blocks_kept(frozen):
 
 
 def test_a_frozen_run_of_blocks_keeps_one_tensor(frozen, pack):
-    ours = frozen(build_model(blocks=4))
-    sample(ours, sigmas=SIGMAS)
+    ours = frozen(build_model(blocks=4), forecast="hold")
+    sample(ours, sigmas=SIGMAS, cfg=1.0)
     kept = pack("patches.mount").journal_of(ours).records()[-1]["cache_gib"]
-    # Two conds of 9 frames of 6 tokens, 128 wide, in float32: once, not once a block.
-    assert sum(kept.values()) * 2**30 == 2 * 54 * 128 * 4
+    # 9 frames of 6 tokens, 128 wide, in float32: once, not once a block.
+    assert sum(kept.values()) * 2**30 == 54 * 128 * 4
 
 
 @pytest.mark.parametrize("scope", EVERY)
@@ -292,6 +292,25 @@ def test_context_windows_that_stay_and_that_move(family, frozen, record, pack):
     assert sum(kept.values()) <= 2 * sum(still_kept.values())
 
 
+def test_conds_that_are_batched_otherwise_from_some_step_on(frozen, record, pack, monkeypatch):
+    """As core does when memory runs short: a full step then, and what the batch had left is let go."""
+    model = build_model()
+    ours = frozen(model, forecast="hold")
+    whole = sample(ours, sigmas=SIGMAS)
+    kept = pack("patches.mount").journal_of(ours).records()[-1]["cache_gib"]
+    required, sizes = model.model.memory_required, []
+
+    def memory_required(shape, *args, **kwargs):
+        sizes.append(1)
+        return 1e30 if len(sizes) > 4 else required(shape, *args, **kwargs)
+
+    monkeypatch.setattr(model.model, "memory_required", memory_required)
+    result = sample(ours, sigmas=SIGMAS)
+    assert result[0].shape == whole[0].shape and record(ours)["taken"]
+    split = pack("patches.mount").journal_of(ours).records()[-1]["cache_gib"]
+    assert sum(split.values()) <= 2 * sum(kept.values())
+
+
 @pytest.mark.parametrize("scope", EVERY)
 def test_no_room(scope, frozen, record):
     model = build_model()
@@ -303,8 +322,8 @@ def test_no_room(scope, frozen, record):
 def test_room_for_some_blocks(frozen, record):
     model = build_model("ltxav")
     counted = Counted(model, "attn1.to_q")
-    ours = frozen(model, cache_limit_gb=2 * 2 * 54 * 128 * 4 / 2**30)
-    sample(counted.watch(ours), "ltxav", sigmas=SIGMAS)
+    ours = frozen(model, forecast="hold", cache_limit_gb=2 * 54 * 128 * 4 / 2**30)
+    sample(counted.watch(ours), "ltxav", sigmas=SIGMAS, cfg=1.0)
     assert counted.by_step() == [3, 1, 1, 3, 1, 1, 3, 3]
     assert record(ours)["declined"]["CACHE_FULL"] and record(ours)["taken"] == 4
 
@@ -425,10 +444,10 @@ class TestSpatialAttention:
 
     def test_equals_a_reference(self, frozen, record):
         model = build_model()
-        ours = frozen(model, scope="spatial attention")
-        result = sample(ours, sigmas=SIGMAS)
-        assert close(result, sample(self.reference(model, (0, 3, 6, 7)), sigmas=SIGMAS), 1e-3)
-        assert not close(result, sample(model, sigmas=SIGMAS), 1e-3)
+        ours = frozen(model, scope="spatial attention", forecast="hold")
+        result = sample(ours, sigmas=SIGMAS, cfg=1.0)
+        assert close(result, sample(self.reference(model, (0, 3, 6, 7)), sigmas=SIGMAS, cfg=1.0), 1e-3)
+        assert not close(result, sample(model, sigmas=SIGMAS, cfg=1.0), 1e-3)
         assert record(ours)["taken"] == 4 * 3
 
     def test_declines(self, frozen, record, windowed, pack, monkeypatch):
@@ -450,6 +469,13 @@ class TestSpatialAttention:
         assert equal(sample(one, noise=noise, sigmas=SIGMAS), sample(model, noise=noise, sigmas=SIGMAS))
         assert record(one)["declined"] == {"ONE_FRAME": 24}
 
+        values = {"keyframe_idxs": torch.zeros(1, 3, 6, 2)}
+        conds = {"positive": conditioning(**values), "negative": conditioning(seed=7, **values)}
+        mask = torch.ones(1, 1, 9, 1, 1)
+        guided = frozen(model, scope="spatial attention")
+        sample(guided, sigmas=SIGMAS, noise_mask=mask, **conds)
+        assert record(guided)["taken"] == 12, "guides are tokens behind the frames"
+
         kept = frozen(model, scope="spatial attention", blocks_kept=2)
         assert equal(sample(kept, sigmas=SIGMAS), sample(model, sigmas=SIGMAS))
         assert record(kept)["declined"] == {"KEPT_BLOCK": 24}
@@ -467,3 +493,20 @@ class TestSpatialAttention:
 def test_nonsense_is_rejected_by_name(bad, frozen):
     with pytest.raises(ValueError, match=next(iter(bad))):
         frozen(build_model(), **bad)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_model_called_without_a_sampler_is_stock(scope, frozen):
+    model = build_model()
+
+    def call(patcher):
+        options = {**patcher.model_options.get("transformer_options", {}), "wrappers": patcher.wrappers}
+        mask = torch.ones(1, 5, dtype=torch.long)
+        context = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+        return patcher.model.apply_model(
+            noise_like(), torch.ones(1), c_crossattn=context, transformer_options=options, attention_mask=mask,
+            frame_rate=24.0,
+        )  # fmt: skip
+
+    with torch.no_grad():
+        assert torch.equal(call(frozen(model, scope=scope)), call(model))
