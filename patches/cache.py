@@ -39,12 +39,18 @@ class Shelf:
         if place is None:
             return None
         is_far = place == HOST and tensor.device.type != "cpu"
-        buffer = torch.empty_like(
-            tensor,
-            device="cpu" if is_far else None,
-            pin_memory=is_far,
-            memory_format=torch.contiguous_format,
-        )
+        try:
+            buffer = torch.empty_like(
+                tensor,
+                device="cpu" if is_far else None,
+                pin_memory=is_far,
+                memory_format=torch.contiguous_format,
+            )
+        except RuntimeError:
+            # Out of memory, or of memory that can be pinned: somebody else was faster than our count.
+            with self._lock:
+                self.taken[place] -= tensor.nbytes
+            return None
         kept = Kept(self, place, buffer, tensor.device)
         kept.overwrite(tensor)
         return kept

@@ -319,6 +319,21 @@ def test_no_room(scope, frozen, record):
     assert record(ours)["declined"]["CACHE_FULL"] and not record(ours)["taken"]
 
 
+def test_memory_that_is_gone_when_it_is_asked_for(frozen, record, pack, monkeypatch):
+    cache, empty = pack("patches.cache"), torch.empty_like
+
+    def failing(tensor, **kwargs):
+        if "pin_memory" in kwargs:
+            raise torch.OutOfMemoryError("no memory")
+        return empty(tensor, **kwargs)
+
+    monkeypatch.setattr(cache.torch, "empty_like", failing)
+    model = build_model()
+    ours = frozen(model)
+    assert equal(sample(ours, sigmas=SIGMAS), sample(model, sigmas=SIGMAS))
+    assert record(ours)["declined"]["CACHE_FULL"] and not record(ours)["taken"]
+
+
 def test_room_for_some_blocks(frozen, record):
     model = build_model("ltxav")
     counted = Counted(model, "attn1.to_q")
