@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from .freeze import BLOCKS, WORK
+from .freeze import BLOCKS, WORK, Freeze
 from .layouts.layout import Layout
 from .reuse import Moment, Place
 from .shadow import shadowed
 
 
-def bound_blocks(moment: Moment | None, layout: Layout) -> AbstractContextManager[None]:
+def bound_blocks(
+    freeze: Freeze | None, moment: Moment | None, layout: Layout
+) -> AbstractContextManager[None]:
     """For the duration of one forward, put the freeze on top of whatever else handles blocks."""
-    scope = None if moment is None else moment.reuse.technique.scope
-    if moment is None or scope not in (WORK, BLOCKS):
+    if freeze is None or moment is None or freeze.scope not in (WORK, BLOCKS):
         return nullcontext()
-    kept = moment.reuse.technique.blocks_kept
-    indices = range(kept, len(layout.blocks) - kept)
-    return shadowed((_work if scope == WORK else _whole)(moment, layout, indices))
+    indices = range(freeze.blocks_kept, len(layout.blocks) - freeze.blocks_kept)
+    return shadowed((_work if freeze.scope == WORK else _whole)(moment, layout, indices))
 
 
 def _work(

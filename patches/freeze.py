@@ -11,7 +11,7 @@ from .cache import PLACEMENTS
 from .clock import SigmaClock
 from .kernels.split_softmax import attend_anew, has_lse, own_frame
 from .layouts.layout import Role
-from .reuse import CACHE_FULL
+from .reuse import CACHE_FULL, Rhythm
 from .technique import Attend, AttentionCall, AttentionTechnique, ScheduledTechnique
 
 ATTENTION, WORK, BLOCKS = "spatial attention", "per-frame work", "whole blocks"
@@ -84,6 +84,15 @@ class Freeze(ScheduledTechnique):
     def places_a_block(self) -> int:
         """Tensors kept for each block."""
         return 1 if self.scope == BLOCKS else 2
+
+    def rhythm(self, clock: SigmaClock) -> Rhythm:
+        return Rhythm(
+            within=tuple(clock.steps_within(*self.percents)),
+            frozen=tuple(self.acting_steps(clock)),
+            refresh_every=self.refresh_every,
+            has_forecast=self.has_forecast,
+            places_a_block=self.places_a_block,
+        )
 
     def describe(self) -> str:
         kept = f", {self.blocks_kept} blocks kept at each end" if self.blocks_kept else ""

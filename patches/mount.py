@@ -141,7 +141,7 @@ def _apply_model(
     try:
         with (
             bound_attention(Forward(run, layout, layout.video_tokens(), sigma, moment)),
-            bound_blocks(moment, layout),
+            bound_blocks(run.freeze, moment, layout),
         ):
             output = executor(x, t, c_concat, c_crossattn, control, options, **conds)
     except BaseException:
@@ -150,9 +150,9 @@ def _apply_model(
         raise
     if moment is not None:
         outcomes = moment.finish()
-        if moment.reuse.technique.unit == CallTechnique.unit:
+        if run.freeze is not None and run.freeze.unit == CallTechnique.unit:
             for reason in outcomes:
-                run.count(moment.reuse.technique, reason)
+                run.count(run.freeze, reason)
     return output
 
 
@@ -199,7 +199,7 @@ def _prepare_sampling(
     size = stream_size(model.model.diffusion_model, tuple(noise_shape))
     if run is None or run.reuse is None or size is None:
         return executor(model, noise_shape, conds, *args, **kwargs)
-    shelf, technique = run.reuse.shelf, run.reuse.technique
+    shelf, rhythm = run.reuse.shelf, run.reuse.rhythm
     shelf.host_room = int(mm.get_free_memory(torch.device("cpu")) / 2)
     if mm.is_device_cpu(model.load_device):
         shelf.gpu_room = shelf.host_room
@@ -207,7 +207,7 @@ def _prepare_sampling(
     blocks, numbers = size
     passes = sum(len(cond) for cond in conds.values())
     stream = numbers * mm.dtype_size(model.model.get_dtype_inference()) * passes
-    wanted = stream * blocks * technique.places_a_block * (2 if technique.has_forecast else 1)
+    wanted = stream * blocks * rhythm.places_a_block * (2 if rhythm.has_forecast else 1)
     wanted = min(wanted, shelf.limit) if shelf.limit else wanted
     needed = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
     # ComfyUI's own estimate is far too high for packed latents; a block holds about a dozen such tensors at once.

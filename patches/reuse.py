@@ -6,15 +6,11 @@ import threading
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
 from .cache import Kept, Shelf
 from .clock import SigmaClock
-
-if TYPE_CHECKING:
-    from .freeze import Freeze
 
 OUTSIDE_RANGE = "OUTSIDE_RANGE"
 FULL_STEP = "FULL_STEP"
@@ -74,15 +70,26 @@ class Slot:
     held: dict[Place, Held] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Rhythm:
+    """When what is kept may be used. within: the steps that may; frozen: those of them that do if every step runs.
+
+    refresh_every: a value is used in so many steps less one. has_forecast: two values are kept instead of one.
+    places_a_block: tensors that one block keeps.
+    """
+
+    within: tuple[int, ...]
+    frozen: tuple[int, ...]
+    refresh_every: int
+    has_forecast: bool
+    places_a_block: int
+
+
 class Reuse:
     """Kept values of one run. Forwards of several devices may come at the same time; each has its own subjects."""
 
-    def __init__(self, technique: Freeze, clock: SigmaClock) -> None:
-        self.technique = technique
-        self.clock = clock
-        self.within = clock.steps_within(*technique.percents)
-        self.frozen = technique.acting_steps(clock)
-        self.shelf = Shelf(technique.cache_device, int(technique.cache_limit_gb * 2**30))
+    def __init__(self, rhythm: Rhythm, clock: SigmaClock, shelf: Shelf) -> None:
+        self.rhythm, self.clock, self.shelf = rhythm, clock, shelf
         self._slots: dict[tuple[Subject, int], Slot] = {}
         self._seen: Counter[Subject] = Counter()
         self._evaluation = -1
@@ -112,7 +119,7 @@ class Reuse:
             slot.turn = self._turn
             if is_stored:
                 self._slots[key] = slot
-            elif reason is not None and not any(later > step for later in self.frozen):
+            elif reason is not None and not any(later > step for later in self.rhythm.frozen):
                 self._drop(key)
         return Moment(self, slot, sigma, step, reason, is_stored)
 
@@ -134,13 +141,13 @@ class Reuse:
             return SIGMA_ROSE
         if slot is not None:
             slot.sigma = sigma
-        if step not in self.within:
+        if step not in self.rhythm.within:
             return OUTSIDE_RANGE
         if step == self.clock.steps - 1:
             return LAST_STEP
         if slot is None:
             return WINDOW_MOVED if self._has_moved(key) else FULL_STEP
-        is_fresh = slot.step >= self.within[0] and 0 < step - slot.step < self.technique.refresh_every
+        is_fresh = slot.step >= self.rhythm.within[0] and 0 < step - slot.step < self.rhythm.refresh_every
         return None if is_fresh else FULL_STEP
 
     def _has_moved(self, key: tuple[Subject, int]) -> bool:
@@ -158,11 +165,11 @@ class Reuse:
         return bool(gone)
 
     def _is_worth_storing(self, step: int) -> bool:
-        later = [frozen for frozen in self.frozen if frozen > step]
+        later = [frozen for frozen in self.rhythm.frozen if frozen > step]
         if not later:
             return False
         # A forecast may begin with the step before the range.
-        first = self.within[0] - (1 if self.technique.has_forecast else 0)
+        first = self.rhythm.within[0] - (1 if self.rhythm.has_forecast else 0)
         return step >= first
 
     def _drop(self, key: tuple[Subject, int]) -> None:
@@ -218,7 +225,7 @@ class Moment:
             kept = shelf.keep(value)
             if kept is not None:
                 self.slot.held[place] = Held(kept, self.sigma)
-        elif not self.reuse.technique.has_forecast or held.sigma == self.sigma:
+        elif not self.reuse.rhythm.has_forecast or held.sigma == self.sigma:
             held.newest.overwrite(value)
             held.sigma = self.sigma
             kept = held.newest
@@ -252,6 +259,6 @@ class Moment:
         """Start the way back of what the next block needs."""
         places = list(self.slot.held)
         after = places.index(place) + 1
-        for following in places[after : after + self.reuse.technique.places_a_block]:
+        for following in places[after : after + self.reuse.rhythm.places_a_block]:
             for kept in self.slot.held[following].kept():
                 kept.fetch()

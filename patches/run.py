@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .cache import GIB, GPU
+from .cache import GIB, GPU, Shelf
 from .clock import SigmaClock
 from .freeze import Freeze
 from .reuse import Reuse
@@ -40,8 +40,11 @@ class Run:
         self._dense_pairs = 0.0
         self._computed_pairs = 0.0
         self._said: set[str] = set()
-        freeze = next((entry for entry in self.plan if isinstance(entry, Freeze)), None)
-        self.reuse = Reuse(freeze, clock) if freeze is not None else None
+        self.freeze = next((entry for entry in self.plan if isinstance(entry, Freeze)), None)
+        self.reuse: Reuse | None = None
+        if self.freeze is not None:
+            shelf = Shelf(self.freeze.cache_device, int(self.freeze.cache_limit_gb * GIB))
+            self.reuse = Reuse(self.freeze.rhythm(clock), clock, shelf)
 
     def close(self) -> None:
         """Let go of every tensor."""

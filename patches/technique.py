@@ -5,16 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from .clock import SigmaClock
 from .kernels.tokens import VideoTokens
 from .layouts.layout import Layout, Role, Site
-
-if TYPE_CHECKING:
-    from .reuse import Moment
+from .reuse import Moment
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
