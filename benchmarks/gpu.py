@@ -215,6 +215,9 @@ def main() -> None:
                     if time.monotonic() - begin > options.seconds:
                         report["left_out"].append(f"{ground.name}, {clip.name}, {setting.name}")
                         continue
+                    if ground.is_streamed:
+                        # Every setting begins with its weights in the same place.
+                        mm.unload_all_models()
                     figures = measure(*prepared(placed, clip, setting), options.repeats)
                     dense = figures if setting == DENSE else dense
                     row: dict[str, Any] = {"ground": ground.name, "clip": clip.name, "grid": clip.grid}

@@ -14,6 +14,7 @@ from .attention import Forward, bound_attention
 from .blocks import bound_blocks
 from .cache import GPU, HOST
 from .clock import SigmaClock
+from .freeze import KEPT_BLOCK
 from .layouts import read_layout, stream_size
 from .layouts.layout import Layout, Unclear
 from .reuse import Moment, Subject
@@ -165,7 +166,10 @@ def _begin(
     options: dict[str, Any],
 ) -> Moment | None:
     """Where this forward stands among those that the plan keeps something from."""
-    if run.reuse is None:
+    if run.reuse is None or run.freeze is None:
+        return None
+    if run.freeze.unit == CallTechnique.unit and 2 * run.freeze.blocks_kept >= len(layout.blocks):
+        run.count(run.freeze, KEPT_BLOCK)
         return None
     subject = Subject(
         conds=(

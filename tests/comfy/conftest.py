@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,3 +23,10 @@ def last_run(pack) -> Callable[[Any], dict[str, Any]]:
     """`last_run(model)`: the window's part of the last record in the journal."""
     journal_of = pack("patches.mount").journal_of
     return lambda model: journal_of(model).records()[-1]["techniques"]["temporal window"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Imports a module of the test model."""
+    sys.modules["comfyui_tree"].load_tiny()
+    return lambda name: importlib.import_module(f"tiny_ltx.{name}")

@@ -155,6 +155,14 @@ def test_blocks_kept(frozen):
     assert counted.by_step() == [4, 2, 2, 4, 2, 2, 4, 4]
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_all_blocks_kept(scope, frozen, record):
+    model = build_model()
+    ours = frozen(model, scope=scope, blocks_kept=2)
+    assert equal(sample(ours, sigmas=SIGMAS), sample(model, sigmas=SIGMAS))
+    assert record(ours)["declined"] == {"KEPT_BLOCK": 8}
+
+
 def test_a_frozen_run_of_blocks_keeps_one_tensor(frozen, pack):
     ours = frozen(build_model(blocks=4), forecast="hold")
     sample(ours, sigmas=SIGMAS, cfg=1.0)

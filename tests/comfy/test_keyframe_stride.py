@@ -175,3 +175,27 @@ def test_a_model_without_a_frame_rate_declines(node, last, pack, monkeypatch):
     ours = node.execute(model, {"samples": torch.zeros(1, 128, *SHAPE)}, 2).args[0]
     assert equal(sample(ours, noise=noise), sample(model, noise=noise))
     assert last(ours)["declined"].keys() == {"NO_FRAME_RATE"}
+
+
+def test_a_guide_added_by_core_behind_it(node, last, tiny):
+    """Its frame number and its positions are those of the short clip at the low rate."""
+    guides = pytest.importorskip("comfy_extras.nodes_lt", reason="this tree has no LTX nodes").LTXVAddGuide
+    model, vae = build_model(), tiny("vae").CodecVAE()
+    clip = torch.zeros(1, 128, 9, 2, 3)
+    image = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(5))
+    ours, latent, _ = node.execute(model, {"samples": clip}, 2, 24.0).args
+
+    def sampled(patched, rate, samples):
+        conds = at_rate("ltxv", rate)
+        positive, negative, guided = guides.execute(
+            conds["positive"], conds["negative"], vae, {"samples": samples}, image, 16, 1.0
+        ).args
+        assert guided["samples"].shape[2] == 6, "the guide's frame stands behind the five of the clip"
+        noise = noise_like("ltxv", tuple(guided["samples"].shape[2:]), seed=11)
+        mask = guided["noise_mask"]
+        return sample(patched, noise=noise, positive=positive, negative=negative, noise_mask=mask)
+
+    result = sampled(ours, 24.0, latent["samples"])
+    assert equal(result, sampled(model, 12.0, torch.zeros(1, 128, 5, 2, 3)))
+    assert not equal(result, sampled(model, 24.0, torch.zeros(1, 128, 5, 2, 3)))
+    assert last(ours)["taken"] == 3 and not last(ours)["declined"]

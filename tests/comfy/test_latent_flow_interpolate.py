@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import sys
 
 import comfy.model_management
 import comfy.model_patcher
@@ -15,13 +13,6 @@ import torch
 pytest.importorskip("comfy.sd", reason="this ComfyUI tree has no VAE", exc_type=ImportError)
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """Imports a module of the test model."""
-    sys.modules["comfyui_tree"].load_tiny()
-    return lambda name: importlib.import_module(f"tiny_ltx.{name}")
 
 
 @pytest.fixture(scope="module")
