@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.cache import PLACEMENTS
+from ..patches.cache import DEFAULT, PLACEMENTS, PRECISIONS
 from ..patches.freeze import ATTENTION, BLOCKS, FORECASTS, LINEAR, SCOPES, Freeze, FrozenAttention
 from ..patches.mount import mount
 
@@ -100,6 +100,14 @@ class ScheduleSpatialFreeze(io.ComfyNode):
                     max=1024.0,
                     step=0.1,
                     tooltip="At most so many GB are kept; blocks beyond that are computed. 0 = as much as there is room.",
+                    extra_dict={"advanced": True},
+                ),
+                io.Combo.Input(
+                    "cache_dtype",
+                    options=list(PRECISIONS),
+                    default=DEFAULT,
+                    tooltip="fp8_e4m3fn: half the memory and half the transfer, for a little of the quality.",
+                    optional=True,
                     extra_dict={"advanced": True},
                 ),
             ],

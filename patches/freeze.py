@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from .cache import PLACEMENTS
+from .cache import DEFAULT, PLACEMENTS, PRECISIONS
 from .clock import SigmaClock
 from .kernels.split_softmax import attend_anew, has_lse, own_frame
 from .layouts.layout import Role
@@ -52,6 +52,7 @@ class Freeze(ScheduledTechnique):
     blocks_kept: int = 0
     cache_device: str = "auto"
     cache_limit_gb: float = 0.0
+    cache_dtype: str = DEFAULT
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +60,12 @@ class Freeze(ScheduledTechnique):
             value = getattr(self, setting)
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"{setting} is {value!r}; it takes whole numbers from {low} to {high}.")
-        choices = (("scope", SCOPES), ("forecast", FORECASTS), ("cache_device", PLACEMENTS))
+        choices = (
+            ("scope", SCOPES),
+            ("forecast", FORECASTS),
+            ("cache_device", PLACEMENTS),
+            ("cache_dtype", PRECISIONS),
+        )
         for setting, allowed in choices:
             if getattr(self, setting) not in allowed:
                 raise ValueError(
@@ -96,7 +102,8 @@ class Freeze(ScheduledTechnique):
 
     def describe(self) -> str:
         kept = f", {self.blocks_kept} blocks kept at each end" if self.blocks_kept else ""
-        return f"{self.scope}, every {self.refresh_every}. step full, {self.forecast}{kept}"
+        packed = "" if self.cache_dtype == DEFAULT else f", kept as {self.cache_dtype}"
+        return f"{self.scope}, every {self.refresh_every}. step full, {self.forecast}{kept}{packed}"
 
     def acting_steps(self, clock: SigmaClock) -> list[int]:
         """The steps that are frozen, if every step before them runs."""
@@ -125,7 +132,7 @@ class FrozenAttention(Freeze, AttentionTechnique):
         if moment.is_stored and self._obstacle(call) is None:
             own = own_frame(call.q, call.k, call.v, call.heads, call.tokens, call.scale)
             for part, value in zip(PARTS, own, strict=True):
-                moment.store((call.site.block, part), value.detach())
+                moment.store((call.site.block, part), value.detach(), is_exact=part == "lse")
 
     def attend(self, call: AttentionCall, inner: Attend) -> torch.Tensor:
         assert call.moment is not None

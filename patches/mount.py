@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 
 from .attention import Forward, bound_attention
 from .blocks import bound_blocks
-from .cache import GPU, HOST
+from .cache import FP8, GPU, HOST
 from .clock import SigmaClock
 from .freeze import KEPT_BLOCK
 from .layouts import read_layout, stream_size
@@ -211,7 +211,8 @@ def _prepare_sampling(
     blocks, numbers = size
     passes = sum(len(cond) for cond in conds.values())
     stream = numbers * mm.dtype_size(model.model.get_dtype_inference()) * passes
-    wanted = stream * blocks * rhythm.places_a_block * (2 if rhythm.has_forecast else 1)
+    kept = numbers * passes if shelf.precision == FP8 else stream
+    wanted = kept * blocks * rhythm.places_a_block * (2 if rhythm.has_forecast else 1)
     wanted = min(wanted, shelf.limit) if shelf.limit else wanted
     needed = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
     # ComfyUI's own estimate is far too high for packed latents; a block holds about a dozen such tensors at once.
@@ -224,6 +225,8 @@ def _prepare_sampling(
     if is_asked:
         # ComfyUI budgets by the noise's shape alone.
         shape[-1] = math.ceil(shape[-1] * (1 + wanted / needed))
+    else:
+        shelf.expected = min(wanted, shelf.host_room)
     out = executor(model, shape, conds, *args, **kwargs)
     shelf.gpu_room = max(0, int(mm.get_free_memory(model.load_device) - reserve)) if is_asked else 0
     return out

@@ -123,15 +123,26 @@ class Reuse:
                 self._drop(key)
         return Moment(self, slot, sigma, step, reason, is_stored)
 
+    def make_ready(self, step: int) -> None:
+        """After a forward of `step`: prepare a part of the room that the coming steps will need."""
+        first = self._first_stored
+        if 0 <= step < first:
+            self.shelf.make_ready((step + 1) / first)
+
     def close(self) -> None:
         with self._lock:
             self._slots.clear()
+        self.shelf.close()
 
     def drop(self, slot: Slot) -> None:
         """Forget what a forward that did not come to its end may have left half written."""
         with self._lock:
             for key in [key for key, other in self._slots.items() if other is slot]:
                 self._drop(key)
+
+    def release(self, held: Held) -> None:
+        for kept in held.kept():
+            self.shelf.release(kept)
 
     def _reason(self, key: tuple[Subject, int], step: int, sigma: float) -> str | None:
         """Why the forward is computed in full, or None."""
@@ -165,18 +176,17 @@ class Reuse:
         return bool(gone)
 
     def _is_worth_storing(self, step: int) -> bool:
-        later = [frozen for frozen in self.rhythm.frozen if frozen > step]
-        if not later:
-            return False
-        # A forecast may begin with the step before the range.
-        first = self.rhythm.within[0] - (1 if self.rhythm.has_forecast else 0)
-        return step >= first
+        return step >= self._first_stored and any(later > step for later in self.rhythm.frozen)
+
+    @property
+    def _first_stored(self) -> int:
+        """The first step that is worth keeping: a forecast may begin with the one before the range."""
+        return self.rhythm.within[0] - (1 if self.rhythm.has_forecast else 0) if self.rhythm.frozen else -1
 
     def _drop(self, key: tuple[Subject, int]) -> None:
         slot = self._slots.pop(key, None)
         for held in slot.held.values() if slot else ():
-            for kept in held.kept():
-                self.shelf.release(kept)
+            self.release(held)
 
 
 @dataclass
@@ -203,12 +213,7 @@ class Moment:
         held = self.slot.held.get(place) if self.is_frozen else None
         if held is None:
             return False
-        kept = held.newest
-        return like is None or (kept.buffer.shape, kept.buffer.dtype, kept.device) == (
-            like.shape,
-            like.dtype,
-            like.device,
-        )
+        return like is None or held.newest.fits(like)
 
     def value(self, place: Place) -> torch.Tensor:
         """What was kept for `place`, or its forecast; not to be written to."""
@@ -217,12 +222,15 @@ class Moment:
         self.reused += 1
         return value
 
-    def store(self, place: Place, value: torch.Tensor) -> None:
-        """Keep a copy of a full value of this forward."""
+    def store(self, place: Place, value: torch.Tensor, is_exact: bool = False) -> None:
+        """Keep a copy of a full value of this forward. is_exact: whatever precision the cache has."""
         held = self.slot.held.get(place)
         shelf = self.reuse.shelf
-        if held is None or held.newest.buffer.shape != value.shape:
-            kept = shelf.keep(value)
+        if held is not None and not held.newest.fits(value):
+            self.reuse.release(held)
+            held = None
+        if held is None:
+            kept = shelf.keep(value, is_exact)
             if kept is not None:
                 self.slot.held[place] = Held(kept, self.sigma)
         elif not self.reuse.rhythm.has_forecast or held.sigma == self.sigma:
@@ -232,7 +240,7 @@ class Moment:
         else:
             kept = held.older
             if kept is None:
-                kept = shelf.keep(value)
+                kept = shelf.keep(value, is_exact)
             else:
                 kept.overwrite(value)
             if kept is not None:
@@ -247,6 +255,7 @@ class Moment:
 
     def finish(self) -> list[str | None]:
         """Close a forward that came to its end: its outcomes, None for frozen."""
+        self.reuse.make_ready(self.step)
         if not self.reused + self.computed:
             return [NOT_REACHED]
         if not self.is_frozen:

@@ -43,7 +43,9 @@ class Run:
         self.freeze = next((entry for entry in self.plan if isinstance(entry, Freeze)), None)
         self.reuse: Reuse | None = None
         if self.freeze is not None:
-            shelf = Shelf(self.freeze.cache_device, int(self.freeze.cache_limit_gb * GIB))
+            shelf = Shelf(
+                self.freeze.cache_device, int(self.freeze.cache_limit_gb * GIB), self.freeze.cache_dtype
+            )
             self.reuse = Reuse(self.freeze.rhythm(clock), clock, shelf)
 
     def close(self) -> None:

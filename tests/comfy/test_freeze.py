@@ -331,7 +331,7 @@ def test_memory_that_is_gone_when_it_is_asked_for(frozen, record, pack, monkeypa
     cache, empty = pack("patches.cache"), torch.empty_like
 
     def failing(tensor, **kwargs):
-        if "pin_memory" in kwargs:
+        if kwargs.get("memory_format") is torch.contiguous_format:
             raise torch.OutOfMemoryError("no memory")
         return empty(tensor, **kwargs)
 
@@ -340,6 +340,70 @@ def test_memory_that_is_gone_when_it_is_asked_for(frozen, record, pack, monkeypa
     ours = frozen(model)
     assert equal(sample(ours, sigmas=SIGMAS), sample(model, sigmas=SIGMAS))
     assert record(ours)["declined"]["CACHE_FULL"] and not record(ours)["taken"]
+
+
+@pytest.mark.parametrize("scope", EVERY)
+def test_fp8_takes_less_and_comes_near(scope, frozen, record, pack):
+    model = build_model()
+    exact, packed = frozen(model, scope=scope), frozen(model, scope=scope, cache_dtype="fp8_e4m3fn")
+    stock, wanted, result = (sample(one, sigmas=SIGMAS) for one in (model, exact, packed))
+    assert record(packed)["taken"] == record(exact)["taken"]
+    assert distance(result, wanted) < 0.5 * distance(stock, wanted)
+    assert not equal(result, wanted)
+    taken = [
+        sum(pack("patches.mount").journal_of(one).records()[-1]["cache_gib"].values())
+        for one in (packed, exact)
+    ]
+    # The tiny model computes in fp32 with short vectors; the log-sum-exp of a softmax share stays as it is.
+    assert taken[0] < 0.45 * taken[1]
+
+
+def distance(left, right):
+    return sum((a - b).square().sum() for a, b in zip(left, right, strict=True)).sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packing_keeps_every_vector_within_its_precision(dtype, pack):
+    cache = pack("patches.cache")
+    value = (
+        torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 4, 5)[:, None]
+    )
+    value[0, 0], value[1, 1, 7] = 0, 6e4
+    value = value.to(dtype)
+    parts = cache.pack(value)
+    assert sum(part.nbytes for part in parts) == cache.packed_size(value)
+    back = cache.unpack(parts)
+    assert back.dtype == dtype and back.isfinite().all()
+    largest = value.abs().amax(dim=-1, keepdim=True).double()
+    # 3 bits of mantissa, and a subnormal step of 2^-9 at a scale of largest / 448.
+    allowed = value.abs().double() * 2**-4 * 1.05 + largest.clamp_min(448 * 2**-14) / 448 * 2**-9
+    assert ((back - value).abs().double() <= allowed).all()
+
+
+def test_host_room_hands_out_every_byte_once(pack):
+    host = pack("patches.host")
+    room = host.HostRoom()
+    room.grow(host.CHUNK + 1)
+    assert room.size == 2 * host.CHUNK
+    sizes = [host.CHUNK // 2 + 1, host.CHUNK // 2, 100, host.CHUNK, host.CHUNK + 1000]
+    taken = [room.take(size) for size in sizes]
+    assert all(buffer.nbytes >= size for buffer, size in zip(taken, sizes, strict=True))
+    spans = sorted((buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in taken)
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    room.give_back(taken[2])
+    assert room.take(100).data_ptr() == taken[2].data_ptr()
+    room.close()
+    assert room.size == 0
+
+
+def test_host_memory_is_prepared_before_it_is_needed(frozen, record, pack, monkeypatch):
+    cache, asked = pack("patches.cache"), []
+    monkeypatch.setattr(cache.Shelf, "make_ready", lambda self, share: asked.append(share))
+    ours = frozen(build_model(), start_percent=0.3)
+    sample(ours, sigmas=torch.linspace(1, 0, 33))
+    # The forecast begins two steps before the first frozen one.
+    before = record(ours)["steps"][0] - 2
+    assert before > 1 and asked == [(step + 1) / before for step in range(before)]
 
 
 def test_room_for_some_blocks(frozen, record):
@@ -371,9 +435,9 @@ def test_an_error_in_a_frozen_step_leaves_no_tensor(scope, error, frozen, pack, 
     tensors = []
     keep = cache.Shelf.keep
 
-    def watching(self, tensor):
-        kept = keep(self, tensor)
-        tensors.append(weakref.ref(kept.buffer))
+    def watching(self, *args):
+        kept = keep(self, *args)
+        tensors.extend(weakref.ref(buffer) for buffer in kept.buffers)
         return kept
 
     monkeypatch.setattr(cache.Shelf, "keep", watching)
