@@ -400,7 +400,7 @@ def test_host_memory_is_prepared_before_it_is_needed(frozen, record, pack, monke
     cache, asked = pack("patches.cache"), []
     monkeypatch.setattr(cache.Shelf, "make_ready", lambda self, share: asked.append(share))
     ours = frozen(build_model(), start_percent=0.3)
-    sample(ours, sigmas=torch.linspace(1, 0, 33))
+    sample(ours, sigmas=torch.linspace(1, 0, 129))
     # The forecast begins two steps before the first frozen one.
     before = record(ours)["steps"][0] - 2
     assert before > 1 and asked == [(step + 1) / before for step in range(before)]
