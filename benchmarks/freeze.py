@@ -5,12 +5,15 @@
 LTXAVModel with 48 blocks and random bf16 weights, Euler, no CFG: 24 steps of LTXVScheduler's curve, and the 8
 distilled sigmas. Every clip starts with a warm-up step and a dense run. Where values are kept in host memory, the
 hidden share of their transfers is 1 - (time over that with the GPU's memory) / (time that the copies take alone);
-page-locking that memory counts as time.
+page-locking that memory counts as time. At the end a run is interrupted in a frozen step, and what is then allocated
+is compared with what was before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import importlib
 import json
 import math
@@ -22,10 +25,12 @@ HERE = Path(__file__).resolve().parent
 
 from runtime import PACK  # isort: split
 
+import comfy.model_management as mm
 import comfy.sample
 import comfy.samplers
 import ltx2
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfyui_version import __version__ as comfyui_version
 from rows import ATTENTION, BLOCKS, WORK, scheduled_for
 from sampling import patch
@@ -33,29 +38,56 @@ from sampling import patch
 from tiny_ltx.model import STUDENT_RECIPE
 
 LONG, SHORT = {"start_percent": 0.4, "refresh_every": 3}, {"start_percent": 0.2, "refresh_every": 2}
-SHARED = {"end_percent": 1.0, "blocks_kept": 0, "cache_limit_gb": 0.0}
+WIDE, WHOLE = {"start_percent": 0.2, "refresh_every": 3}, {"start_percent": 0.0, "refresh_every": 2}
+SHARED = {"end_percent": 1.0, "blocks_kept": 0, "cache_limit_gb": 0.0, "cache_dtype": "default"}
 
 
-def setting(scope: str, forecast: str, device: str, when: dict[str, Any]) -> dict[str, Any]:
-    return {**SHARED, **when, "scope": scope, "forecast": forecast, "cache_device": device}
+def setting(scope: str, forecast: str, device: str, when: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {**SHARED, **when, "scope": scope, "forecast": forecast, "cache_device": device, **more}
 
 
+PACKED = {"cache_dtype": "fp8_e4m3fn"}
 # (clip of ltx2.py, steps, settings), most telling first.
 PLAN: tuple[tuple[int, int, tuple[dict[str, Any], ...]], ...] = (
     (
         1,
         24,
         (
-            setting(BLOCKS, "linear", "gpu", LONG),
             setting(BLOCKS, "linear", "cpu", LONG),
+            setting(BLOCKS, "linear", "gpu", LONG),
+            setting(BLOCKS, "linear", "cpu", SHORT),
+            setting(BLOCKS, "linear", "gpu", SHORT),
+            setting(BLOCKS, "linear", "cpu", SHORT, **PACKED),
+            setting(BLOCKS, "linear", "gpu", SHORT, **PACKED),
+            setting(BLOCKS, "linear", "gpu", WIDE),
             setting(WORK, "linear", "gpu", LONG),
-            setting(WORK, "linear", "cpu", LONG),
             setting(ATTENTION, "hold", "gpu", LONG),
         ),
     ),
-    (0, 24, (setting(BLOCKS, "linear", "gpu", LONG), setting(WORK, "linear", "gpu", LONG))),
-    (1, 8, (setting(BLOCKS, "hold", "gpu", SHORT), setting(WORK, "hold", "gpu", SHORT))),
-    (0, 8, (setting(BLOCKS, "hold", "gpu", SHORT), setting(WORK, "hold", "gpu", SHORT))),
+    (
+        0,
+        24,
+        (
+            setting(BLOCKS, "linear", "gpu", LONG),
+            setting(BLOCKS, "linear", "gpu", SHORT),
+            setting(BLOCKS, "linear", "cpu", SHORT),
+            setting(BLOCKS, "linear", "cpu", SHORT, **PACKED),
+            setting(WORK, "linear", "gpu", LONG),
+        ),
+    ),
+    *(
+        (
+            clip,
+            8,
+            (
+                setting(BLOCKS, "linear", "gpu", WHOLE),
+                setting(BLOCKS, "linear", "gpu", SHORT),
+                setting(WORK, "linear", "gpu", SHORT),
+            ),
+        )
+        for clip in (1, 0)
+    ),
+    (1, 24, (setting(WORK, "linear", "cpu", LONG),)),
 )
 
 
@@ -96,6 +128,31 @@ def bandwidth() -> float:
         host.to("cuda", non_blocking=True)
     torch.cuda.synchronize()
     return 8 * host.nbytes / (time.perf_counter() - begun)
+
+
+def interrupted(patched: Any, clip: ltx2.Clip, sigmas: tuple[float, ...], device: str) -> dict[str, float]:
+    """GiB allocated on the GPU before a run, in its first frozen step, and after the interrupt that comes there."""
+
+    def allocated() -> float:
+        gc.collect()
+        return torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0
+
+    found = {"before": allocated()}
+
+    def stop(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(
+            isinstance(given, dict) and given.get("frame_thrift_frozen")
+            for given in (*args, *kwargs.values())
+        ):
+            found["within"] = allocated()
+            raise mm.InterruptProcessingException
+        return executor(*args, **kwargs)
+
+    patched = patched.clone()
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "interrupt", stop)
+    with contextlib.suppress(mm.InterruptProcessingException):
+        run(patched, clip, sigmas, device)
+    return {**found, "after": allocated()}
 
 
 def main() -> None:
@@ -150,6 +207,15 @@ def main() -> None:
                 report["rows"].append(row)
                 print(row, flush=True)
                 options.out.write_text(json.dumps(report, indent=1) + "\n")
+        clip = ltx2.CLIPS[0]
+        report["gib_around_an_interrupt"] = {}
+        for place in ("gpu", "cpu"):
+            patched = patch(PACK, model, [("ScheduleSpatialFreeze", setting(BLOCKS, "linear", place, SHORT))])
+            report["gib_around_an_interrupt"][place] = interrupted(
+                patched, clip, scheduled_for(math.prod(clip.grid)), options.device
+            )
+    print(report["gib_around_an_interrupt"])
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(table(report))
     print(table(report))
 
@@ -161,7 +227,18 @@ def hidden(row: dict[str, Any], report: dict[str, Any]) -> float | None:
             other
             for other in report["rows"]
             if other["cache_device"] == "gpu"
-            and all(other[key] == row[key] for key in ("clip", "steps", "scope", "forecast"))
+            and all(
+                other[key] == row[key]
+                for key in (
+                    "clip",
+                    "steps",
+                    "scope",
+                    "forecast",
+                    "start_percent",
+                    "refresh_every",
+                    "cache_dtype",
+                )
+            )
         ),
         None,
     )
@@ -190,7 +267,8 @@ def table(report: dict[str, Any]) -> str:
         share = hidden(row, report)
         cells = [
             f"{row['clip']}, {row['steps']}",
-            f"{row['scope']}, {row['forecast']}, from {row['start_percent']:g}, every {row['refresh_every']}.",
+            f"{row['scope']}, {row['forecast']}, from {row['start_percent']:g}, every {row['refresh_every']}."
+            + (", fp8" if row["cache_dtype"] == "fp8_e4m3fn" else ""),
             f"{row['frozen_steps']}",
             f"{row['of_dense']:.0%} of {row['dense_seconds']:.1f} s",
             kept,

@@ -166,6 +166,7 @@ def frozen(
     end: float = 1.0,
     then: Row | None = None,
     models: tuple[str, ...] = (TEACHER,),
+    precision: str = "",
 ) -> Row:
     """ScheduleSpatialFreeze, and behind it the nodes of another row.
 
@@ -181,10 +182,12 @@ def frozen(
         "cache_device": "auto",
         "cache_limit_gb": 0.0,
     }
+    if precision:
+        inputs["cache_dtype"] = precision
     span = f"from {start:g}" + (f" to {end:g}" if end < 1 else "")
     often = "never refreshed" if every == NEVER else f"every {every}."
     name, kind, nodes = (
-        f"{scope}, {forecast}, {span}, {often}",
+        f"{scope}, {forecast}, {span}, {often}" + (f", kept as {precision}" if precision else ""),
         "freeze",
         (("ScheduleSpatialFreeze", inputs),),
     )
@@ -203,6 +206,7 @@ def cached(model: str, threshold: float, then: Row | None = None) -> Row:
 
 
 NEVER = 16
+FP8 = "fp8_e4m3fn"
 WORK, BLOCKS, ATTENTION = "per-frame work", "whole blocks", "spatial attention"
 STARTS = (0.2, 0.4, 0.6, 0.75)
 DENSE = Row("dense", "dense", models=ALL)
@@ -248,6 +252,11 @@ ROWS: tuple[Row, ...] = (
         for forecast in ("linear", "hold")
         for scope in (WORK, BLOCKS)
     ),
+    *(
+        frozen(BLOCKS, "linear", start, every, precision=FP8)
+        for start, every in ((0.2, 2), (0.2, 3), (0.4, 3))
+    ),
+    frozen(WORK, "linear", 0.4, 3, precision=FP8),
     *(frozen(scope, "linear", 0.4, 2, then=window(4, 1, start=0.5)) for scope in (WORK, BLOCKS)),
     *(strided(stride, "linear") for stride in (2, 3, 4)),
     *fewer(PESSIMIST, (12, 8, 6), UNIFORM),
