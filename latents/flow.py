@@ -10,6 +10,7 @@ import torch.nn.functional as F
 # RAFT's pyramid needs feature maps of 16 at an eighth of the picture.
 SMALLEST = 128
 STEP = 8
+PIXELS_AT_ONCE = 1280 * 720
 
 
 def build_raft(state: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -44,14 +45,26 @@ class RaftFlow:
             a, b = three_components(a, b)
         zoom = max(1, -(-SMALLEST // min(height, width)))
         size = (height * zoom, width * zoom)
+        # RAFT compares all places with all: pictures one by one, unless they are small.
+        together = max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
+        flow = torch.cat(
+            [
+                self._flow(some_a, some_b, zoom)
+                for some_a, some_b in zip(a.split(together), b.split(together), strict=True)
+            ]
+        )
+        return F.avg_pool2d(flow, zoom) / zoom if zoom > 1 else flow
+
+    def _flow(self, a: torch.Tensor, b: torch.Tensor, zoom: int) -> torch.Tensor:
+        size = (a.shape[-2] * zoom, a.shape[-1] * zoom)
         pads = (0, -size[1] % STEP, 0, -size[0] % STEP)
         shown = []
         for picture in (a, b):
             if zoom > 1:
                 picture = F.interpolate(picture, size=size, mode="bicubic", align_corners=False)
             shown.append(F.pad(picture.clamp(0, 1) * 2 - 1, pads, mode="replicate"))
-        flow: torch.Tensor = self.model(*shown)[-1][:, :, : size[0], : size[1]]
-        return F.avg_pool2d(flow, zoom) / zoom if zoom > 1 else flow
+        flow: torch.Tensor = self.model(*shown)[-1]
+        return flow[:, :, : size[0], : size[1]]
 
 
 def three_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -84,7 +84,9 @@ def _mixed(
         return chosen.movedim(2, 0).flatten(0, 1)
 
     a, b = pictures(0), pictures(1)
-    forth, back = (None, None) if method == LINEAR or estimate is None else (estimate(a, b), estimate(b, a))
+    forth = back = None
+    if method != LINEAR and estimate is not None:
+        forth, back = estimate(torch.cat((a, b)), torch.cat((b, a))).chunk(2)
     out: list[torch.Tensor] = [clip[:, :, 0]] * len(segments)
     for share in sorted(set(shares)):
         asked = [i for i, other in enumerate(shares) if other == share]
@@ -93,6 +95,8 @@ def _mixed(
             made = a[rows].lerp(b[rows], share)
         else:
             made = blend(a[rows], b[rows], forth[rows], back[rows], share)
+        # Frames have their channels last: arranged here, they are copied in one piece.
+        made = made.contiguous(memory_format=torch.channels_last)
         for i, picture in zip(asked, made.split(batch), strict=True):
             out[i] = picture.to(device=clip.device, dtype=clip.dtype)
     return out

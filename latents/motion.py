@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 # Above this many pixels motion is estimated on a smaller picture.
 WORKING_PIXELS = 512 * 512
+# So many pixels are matched at a time, all changes and pictures together.
+PIXELS_AT_ONCE = 2**21
 # Shorter side of the coarsest picture of the pyramid.
 COARSEST = 8
 # Whole-pixel search around the coarser level's motion, and refinements after it.
@@ -93,15 +95,19 @@ def _length(flow: torch.Tensor) -> torch.Tensor:
 
 def _matched(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
     """The best of all whole-pixel changes up to RADIUS around `flow`."""
-    shifts = [(dx, dy) for dy in range(-RADIUS, RADIUS + 1) for dx in range(-RADIUS, RADIUS + 1)]
+    shifts = flow.new_tensor(
+        [(dx, dy) for dy in range(-RADIUS, RADIUS + 1) for dx in range(-RADIUS, RADIUS + 1)]
+    )
     # Dearer with distance, so that an empty block stays where it is.
     pull = STILLNESS * _contrast(a)
     costs = []
-    for dx, dy in shifts:
-        moved = flow + flow.new_tensor([dx, dy]).view(1, 2, 1, 1)
-        costs.append(_box(_difference(a, warp(b, moved))) + pull * (1 + _length(moved)).log())
+    for some in shifts.split(max(1, PIXELS_AT_ONCE // (flow[:, 0].numel()))):
+        moved = (flow[:, None] + some.view(1, -1, 2, 1, 1)).flatten(0, 1)
+        ends, begins, pulls = (part.repeat_interleave(len(some), 0) for part in (b, a, pull))
+        cost = _box(_difference(begins, warp(ends, moved))) + pulls * (1 + _length(moved)).log()
+        costs.append(cost.view(len(flow), len(some), *flow.shape[-2:]))
     best = torch.cat(costs, dim=1).argmin(dim=1)
-    return flow + flow.new_tensor(shifts)[best].movedim(-1, 1)
+    return flow + shifts[best].movedim(-1, 1)
 
 
 def _refined(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,8 @@ def restore_frames(
     out = frames.new_empty(frames.shape[0], total, *frames.shape[2:])
     clip = frames.movedim(-1, 1)
     for place, picture in in_between(clip, times, wanted, method, estimate, device):
-        out[:, place] = picture.movedim(1, -1).clamp(0, 1)
+        out[:, place] = picture.movedim(1, -1)
+        out[:, place].clamp_(0, 1)
         on_picture(place + 1, total)
     return out
 
