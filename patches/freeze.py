@@ -10,7 +10,7 @@ import torch
 from .cache import DEFAULT, PLACEMENTS, PRECISIONS
 from .clock import SigmaClock
 from .kernels.split_softmax import attend_anew, has_lse, own_frame
-from .layouts.layout import Role
+from .layouts.layout import Role, Stream
 from .reuse import CACHE_FULL, Rhythm
 from .technique import Attend, AttentionCall, AttentionTechnique, ScheduledTechnique
 
@@ -88,8 +88,14 @@ class Freeze(ScheduledTechnique):
 
     @property
     def places_a_block(self) -> int:
-        """Tensors kept for each block."""
+        """Tensors that one block keeps, less than a stream's size where a softmax share is among them."""
         return 1 if self.scope == BLOCKS else 2
+
+    def values_kept(self, stream: Stream) -> int:
+        """How many tensors of the stream's size are kept for each cond."""
+        blocks = max(0, stream.blocks - 2 * self.blocks_kept)
+        places = min(blocks, 1) if self.scope == BLOCKS and stream.is_alone else blocks * self.places_a_block
+        return places * (2 if self.has_forecast else 1)
 
     def rhythm(self, clock: SigmaClock) -> Rhythm:
         return Rhythm(

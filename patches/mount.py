@@ -15,7 +15,7 @@ from .blocks import bound_blocks
 from .cache import FP8, GPU, HOST
 from .clock import SigmaClock
 from .freeze import KEPT_BLOCK
-from .layouts import read_layout, stream_size
+from .layouts import read_layout, stream_of
 from .layouts.layout import Layout, Unclear
 from .reuse import Moment, Subject
 from .run import Journal, Run, summarise
@@ -88,6 +88,10 @@ def _outer_sample(
     run = Run(options[PLAN], SigmaClock(tuple(float(s) for s in sigmas), sampling.percent_to_sigma))
     for warning in run.warn_before():
         logger.warning(warning)
+    # As core's sampling: without guidance the negative conds are not computed.
+    run.has_guidance = getattr(guider, "cfg", None) != 1 or bool(
+        guider.model_options.get("disable_cfg1_optimization")
+    )
     options[RUN] = run
     finished = False
     try:
@@ -200,23 +204,21 @@ def _prepare_sampling(
     """Load seam: asks for the cache's room before the model is loaded, and notes what room there was."""
     model_options = kwargs.get("model_options") or (args[0] if args else None) or {}
     run: Run | None = model_options.get("transformer_options", {}).get(RUN)
-    size = stream_size(model.model.diffusion_model, tuple(noise_shape))
-    if run is None or run.reuse is None or size is None:
+    stream = stream_of(model.model.diffusion_model, tuple(noise_shape))
+    if run is None or run.reuse is None or run.freeze is None or stream is None:
         return executor(model, noise_shape, conds, *args, **kwargs)
-    shelf, rhythm = run.reuse.shelf, run.reuse.rhythm
+    shelf = run.reuse.shelf
     shelf.host_room = int(mm.get_free_memory(torch.device("cpu")) / 2)
     if mm.is_device_cpu(model.load_device):
         shelf.gpu_room = shelf.host_room
         return executor(model, noise_shape, conds, *args, **kwargs)
-    blocks, numbers = size
-    passes = sum(len(cond) for cond in conds.values())
-    stream = numbers * mm.dtype_size(model.model.get_dtype_inference()) * passes
-    kept = numbers * passes if shelf.precision == FP8 else stream
-    wanted = kept * blocks * rhythm.places_a_block * (2 if rhythm.has_forecast else 1)
+    passes = sum(len(cond) for name, cond in conds.items() if run.has_guidance or name != "negative")
+    numbers, width = stream.numbers * passes, mm.dtype_size(model.model.get_dtype_inference())
+    wanted = numbers * (1 if shelf.precision == FP8 else width) * run.freeze.values_kept(stream)
     wanted = min(wanted, shelf.limit) if shelf.limit else wanted
     needed = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
     # ComfyUI's own estimate is far too high for packed latents; a block holds about a dozen such tensors at once.
-    reserve = 16 * stream
+    reserve = 16 * numbers * width
     total = mm.get_total_memory(model.load_device)
     is_asked = shelf.placement == GPU or (
         shelf.placement != HOST and model.model_size() + reserve + wanted < 0.95 * total

@@ -33,6 +33,7 @@ class Run:
     def __init__(self, plan: Sequence[Technique], clock: SigmaClock):
         self.plan = tuple(plan)
         self.clock = clock
+        self.has_guidance = True
         self._lock = threading.Lock()
         self._tallies = {technique.name: Tally() for technique in self.plan}
         self._evaluations = 0

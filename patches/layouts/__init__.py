@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from . import ltx
-from .layout import Layout, Unclear
+from .layout import Layout, Stream, Unclear
 
 FAMILIES = (ltx.read,)
-SIZES = (ltx.stream_size,)
+STREAMS = (ltx.stream_of,)
 
 UNKNOWN_MODEL = "UNKNOWN_MODEL"
 
@@ -26,7 +26,7 @@ def read_layout(
     return Unclear(UNKNOWN_MODEL)
 
 
-def stream_size(diffusion_model: torch.nn.Module, noise_shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """(blocks, numbers in the video tokens of one cond) that sampling this noise takes; None if unknown."""
+def stream_of(diffusion_model: torch.nn.Module, noise_shape: tuple[int, ...]) -> Stream | None:
+    """The video tokens that sampling this noise takes; None if the model is unknown."""
     model = getattr(diffusion_model, "_orig_mod", diffusion_model)
-    return next((size for read in SIZES if (size := read(model, noise_shape)) is not None), None)
+    return next((stream for read in STREAMS if (stream := read(model, noise_shape)) is not None), None)

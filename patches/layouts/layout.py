@@ -40,6 +40,18 @@ class Unclear:
     reason: str
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The video tokens of a model before its layout can be read.
+
+    blocks: of the model; numbers: in the tokens of one cond; is_alone: nothing else flows through the blocks.
+    """
+
+    blocks: int
+    numbers: int
+    is_alone: bool
+
+
 class Layout(ABC):
     """One model family's reading of one forward. Subclasses live beside this file."""
 

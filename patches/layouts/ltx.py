@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..kernels.tokens import VideoTokens
-from .layout import Layout, Role, Site, Unclear
+from .layout import Layout, Role, Site, Stream, Unclear
 
 CLASS_NAMES = {"LTXVModel", "LTXAVModel"}
 
@@ -74,7 +74,7 @@ class LtxLayout(Layout):
 
     @property
     def has_other_streams(self) -> bool:
-        return hasattr(self.blocks[0], "audio_ff")
+        return _has_audio(self.blocks[0])
 
     def video_of(self, stream: Any) -> torch.Tensor:
         return stream[0] if self.has_other_streams else stream
@@ -161,12 +161,17 @@ class LtxLayout(Layout):
         return Unclear(UNCLEAR_QUERY)
 
 
-def stream_size(model: Any, noise_shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """(blocks, numbers in the video tokens of one cond) for noise [B,128,T,h,w], or packed with audio [B,1,n]."""
+def stream_of(model: Any, noise_shape: tuple[int, ...]) -> Stream | None:
+    """The stream that this noise makes: [B,128,T,h,w], or packed with audio [B,1,n]."""
     if not any(base.__name__ in CLASS_NAMES for base in type(model).__mro__):
         return None
     places = math.prod(noise_shape[2:]) // (CHANNELS if len(noise_shape) == 3 else 1)
-    return len(model.transformer_blocks), noise_shape[0] * places * int(model.inner_dim)
+    blocks = model.transformer_blocks
+    return Stream(len(blocks), noise_shape[0] * places * int(model.inner_dim), not _has_audio(blocks[0]))
+
+
+def _has_audio(block: torch.nn.Module) -> bool:
+    return hasattr(block, "audio_ff")
 
 
 def _video_shape(x: torch.Tensor, latent_shapes: Any) -> tuple[int, int, int] | None:

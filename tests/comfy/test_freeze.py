@@ -406,6 +406,22 @@ def test_host_memory_is_prepared_before_it_is_needed(frozen, record, pack, monke
     assert before > 1 and asked == [(step + 1) / before for step in range(before)]
 
 
+@pytest.mark.parametrize("precision", ["default", "fp8_e4m3fn"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", ["ltxv", "ltxav"])
+def test_host_memory_is_prepared_for_what_will_be_kept(family, scope, precision, frozen, pack, monkeypatch):
+    mount, cache, shelves = pack("patches.mount"), pack("patches.cache"), []
+    monkeypatch.setattr(mount.mm, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(cache.Shelf, "close", lambda self: shelves.append(self))
+    ours = frozen(build_model(family), scope=scope, cache_device="cpu", cache_dtype=precision)
+    for cfg in (1.0, 2.0):
+        sample(ours, family, sigmas=SIGMAS, cfg=cfg)
+    one, two = shelves
+    assert two.expected == 2 * one.expected
+    # Scales come on top of fp8; packed audio, half of the tiny latent, is counted with the video.
+    assert (0.75 if family == "ltxv" else 0.4) * one.expected <= one.most["cpu"] <= 1.25 * one.expected
+
+
 def test_room_for_some_blocks(frozen, record):
     model = build_model("ltxav")
     counted = Counted(model, "attn1.to_q")
