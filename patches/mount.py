@@ -213,7 +213,8 @@ def _prepare_sampling(
         shelf.gpu_room = shelf.host_room
         return executor(model, noise_shape, conds, *args, **kwargs)
     passes = sum(len(cond) for name, cond in conds.items() if run.has_guidance or name != "negative")
-    numbers, width = stream.numbers * passes, mm.dtype_size(model.model.get_dtype_inference())
+    numbers = stream.numbers * passes
+    width = mm.dtype_size(model.model.manual_cast_dtype or model.model.get_dtype())
     wanted = numbers * (1 if shelf.precision == FP8 else width) * run.freeze.values_kept(stream)
     wanted = min(wanted, shelf.limit) if shelf.limit else wanted
     needed = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
