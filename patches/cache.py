@@ -74,6 +74,7 @@ class Shelf:
         return taken[: like.nbytes].view(like.dtype).view(like.shape), taken
 
     def release(self, kept: Kept) -> None:
+        kept.wait()
         with self._lock:
             self.taken[kept.place] -= kept.nbytes
         for taken in kept.taken:
@@ -159,6 +160,11 @@ class Kept:
         with torch.cuda.stream(stream):
             self._ahead = tuple(buffer.to(self.device, non_blocking=True) for buffer in self.buffers)
         self._event = stream.record_event()
+
+    def wait(self) -> None:
+        """Until no copy touches the buffers, so that others may have their memory."""
+        if self._event is not None:
+            self._event.synchronize()
 
     def tensor(self) -> torch.Tensor:
         """The kept tensor on its device; not to be written to."""

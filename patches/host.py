@@ -24,6 +24,7 @@ class HostRoom:
         self._lock = threading.Lock()
         self._chunks: list[torch.Tensor] = []
         self._locked: list[torch.Tensor] = []
+        self._may_lock = True
         # Everything before this place was taken at least once.
         self._chunk = self._offset = 0
         self._given_back: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
@@ -71,5 +72,7 @@ class HostRoom:
     def _add(self, size: int) -> None:
         chunk = torch.empty(size, dtype=torch.uint8)
         self._chunks.append(chunk)
-        if mm.pin_memory(chunk):
+        # Refused once, refused for this run: ComfyUI warns every time.
+        self._may_lock = self._may_lock and mm.pin_memory(chunk)
+        if self._may_lock:
             self._locked.append(chunk)

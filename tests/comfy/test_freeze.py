@@ -396,6 +396,25 @@ def test_host_room_hands_out_every_byte_once(pack):
     assert room.size == 0
 
 
+def test_host_room_unlocks_what_was_locked_and_asks_no_more_once_refused(pack, monkeypatch):
+    host, locked, unlocked, asked = pack("patches.host"), [], [], []
+
+    def pin_memory(chunk):
+        asked.append(chunk)
+        if len(asked) > 2:
+            return False
+        locked.append(chunk.data_ptr())
+        return True
+
+    monkeypatch.setattr(host.mm, "pin_memory", pin_memory)
+    monkeypatch.setattr(host.mm, "unpin_memory", lambda chunk: unlocked.append(chunk.data_ptr()))
+    room = host.HostRoom()
+    room.grow(5 * host.CHUNK)
+    assert len(asked) == 3 and len(locked) == 2
+    room.close()
+    assert unlocked == locked
+
+
 def test_host_memory_is_prepared_before_it_is_needed(frozen, record, pack, monkeypatch):
     cache, asked = pack("patches.cache"), []
     monkeypatch.setattr(cache.Shelf, "make_ready", lambda self, share: asked.append(share))

@@ -135,8 +135,10 @@ def test_the_form_of_the_freeze(pack):
     assert schema.node_id == "ScheduleSpatialFreeze"
     assert [i.id for i in schema.inputs] == [
         "model", "start_percent", "end_percent", "refresh_every", "scope", "forecast", "blocks_kept", "cache_device",
-        "cache_limit_gb",
+        "cache_limit_gb", "cache_dtype",
     ]  # fmt: skip
+    # A graph that was saved without it keeps working.
+    assert [i.id for i in schema.inputs if i.optional] == ["cache_dtype"]
     defaults = {i.id: i.default for i in schema.inputs if hasattr(i, "default")}
     assert defaults["start_percent"] == 0.6 and defaults["end_percent"] == 1.0
     assert defaults["refresh_every"] == 3 and defaults["cache_device"] == "auto"
