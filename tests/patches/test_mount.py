@@ -143,5 +143,5 @@ def test_the_form_of_the_freeze(pack):
     assert defaults["start_percent"] == 0.6 and defaults["end_percent"] == 1.0
     assert defaults["refresh_every"] == 3 and defaults["cache_device"] == "auto"
     advanced = [i.id for i in schema.inputs if (i.extra_dict or {}).get("advanced")]
-    assert advanced == ["forecast", "blocks_kept", "cache_device", "cache_limit_gb"]
+    assert advanced == ["forecast", "blocks_kept", "cache_device", "cache_limit_gb", "cache_dtype"]
     assert all(i.tooltip for i in schema.inputs)
