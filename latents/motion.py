@@ -101,7 +101,7 @@ def _matched(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor) -> torch.Tens
     # Dearer with distance, so that an empty block stays where it is.
     pull = STILLNESS * _contrast(a)
     costs = []
-    for some in shifts.split(max(1, PIXELS_AT_ONCE // (flow[:, 0].numel()))):
+    for some in shifts.split(max(1, PIXELS_AT_ONCE // flow[:, 0].numel())):
         moved = (flow[:, None] + some.view(1, -1, 2, 1, 1)).flatten(0, 1)
         ends, begins, pulls = (part.repeat_interleave(len(some), 0) for part in (b, a, pull))
         cost = _box(_difference(begins, warp(ends, moved))) + pulls * (1 + _length(moved)).log()
