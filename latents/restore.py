@@ -10,7 +10,18 @@ from typing import Any
 import torch
 
 from .interpolate import Estimate, frame_times, in_between, latent_times
-from .stride import NOTE, StrideNote, mask_of, strided_length, video_frames, video_of, with_video
+from .stride import (
+    LARGEST_STRIDE,
+    NOTE,
+    VIDEO_FRAMES,
+    StrideNote,
+    has_guides,
+    mask_of,
+    strided_length,
+    video_frames,
+    video_of,
+    with_video,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +42,29 @@ def note_for(latent: dict[str, Any], stride: int = 0, length: int = 0) -> Stride
                 "FrameThrift: Latent Flow Interpolate found no stride in the latent, or one of another length; the "
                 "latent is handed on as it is. If a node in between dropped the note, set stride and length."
             )
-        return note
-    if not length:
-        frames = note.frames if note is not None and note.stride == stride else stride * (strided - 1) + 1
+            return None
+        stride, frames = note.stride, note.frames
+    elif strided == 1:
+        raise ValueError("latent: it has a single latent frame, so there is nothing in between.")
     else:
-        frames = (length - 1) // 8 + 1
-    if not stride:
-        stride = note.stride if note is not None else math.ceil((frames - 1) / max(strided - 1, 1))
+        if length:
+            frames = (length - 1) // VIDEO_FRAMES + 1
+        else:
+            frames = note.frames if note is not None and note.stride == stride else stride * (strided - 1) + 1
+        if not stride:
+            stride = note.stride if note is not None else math.ceil((frames - 1) / (strided - 1))
+    if has_guides(mask_of(latent)):
+        raise ValueError(
+            "latent: its last frames are held, as guides from LTXVAddGuide are. Put LTXVCropGuides before this node."
+        )
+    if stride > LARGEST_STRIDE:
+        raise ValueError(
+            f"length: {video_frames(frames)} video frames from {strided} latent frames would be a stride of {stride}; "
+            f"{LARGEST_STRIDE} is the largest. Set stride too, or a shorter length."
+        )
+    if frames == strided:
+        logger.info("FrameThrift: Latent Flow Interpolate: the latent has its full length already.")
+        return None
     if strided_length(frames, stride) != strided:
         raise ValueError(
             f"length: {video_frames(frames)} video frames at stride {stride} make {strided_length(frames, stride)} "

@@ -14,6 +14,7 @@ import torch
 
 VIDEO_FRAMES = 8
 NOTE = "frame_thrift_stride"
+LARGEST_STRIDE = 8
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,12 @@ def thin(
     filled = video[:, :, 1:].flatten(3).any(dim=3).any(dim=1).any(dim=0)
     if not filled.any():
         thinned = video[:, :, kept]
-    elif not filled.all() or _has_guide_mask(mask):
+    elif has_guides(mask):
+        raise ValueError(
+            "latent: its last frames are held, as guides from LTXVAddGuide are. Connect the latent without them and add "
+            "guides after KeyframeStride."
+        )
+    elif not filled.all():
         raise ValueError(
             "latent: some latent frames after the first hold content and others do not, as guides or images put in "
             "place do. Connect the latent without them and add guides after KeyframeStride."
@@ -136,8 +142,8 @@ def thin(
     return StrideNote(stride, frames, short).write(out)
 
 
-def _has_guide_mask(mask: torch.Tensor | None) -> bool:
-    """Whether the last frames are held while ones before them are free, as appended guides are."""
+def has_guides(mask: torch.Tensor | None) -> bool:
+    """Whether a mask [B, 1, T, ...] holds the last frames while ones before them are free, as for appended guides."""
     if mask is None:
         return False
     free = (mask >= 1).flatten(3).all(dim=3).all(dim=1).all(dim=0)

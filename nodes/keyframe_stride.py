@@ -6,7 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..latents import pixels
-from ..latents.stride import StrideNote, thin
+from ..latents.stride import LARGEST_STRIDE, StrideNote, thin
 from ..patches.keyframes import KeyframeTimes
 from ..patches.mount import mount
 
@@ -44,9 +44,9 @@ class KeyframeStride(io.ComfyNode):
                     "stride",
                     default=2,
                     min=1,
-                    max=8,
+                    max=LARGEST_STRIDE,
                     tooltip=(
-                        "Every how many frames are diffused. 2 halves the cost; larger saves more and leaves more of "
+                        "One frame in so many is diffused. 2 halves the cost; larger saves more and leaves more of "
                         "the motion to the in-betweening. 1 changes nothing."
                     ),
                 ),
@@ -58,8 +58,7 @@ class KeyframeStride(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip=(
-                        "The full frame rate, to hand on the low one. 0 = not given. The conditioning keeps the full "
-                        "rate either way."
+                        "The full frame rate, the same as in LTXVConditioning, to hand on the low one. 0 = not given."
                     ),
                 ),
                 io.Vae.Input(
@@ -73,7 +72,10 @@ class KeyframeStride(io.ComfyNode):
                 io.Latent.Output(),
                 io.Float.Output(
                     display_name="frame_rate",
-                    tooltip="The low frame rate, for a clip that is shown without in-betweening; 0 if none was given.",
+                    tooltip=(
+                        "The low frame rate, for a clip that is shown without in-betweening; 0 if none was given. Not for "
+                        "LTXVConditioning, which keeps the full rate."
+                    ),
                 ),
             ],
         )
@@ -83,7 +85,8 @@ class KeyframeStride(io.ComfyNode):
         cls, model: Any, latent: dict[str, Any], stride: int, frame_rate: float = 0.0, vae: Any = None
     ) -> io.NodeOutput:
         if stride == 1:
-            return io.NodeOutput(model, latent, frame_rate)
+            # Takes an earlier stride off the model.
+            return io.NodeOutput(mount(model, KeyframeTimes(1, 0, 0)), latent, frame_rate)
 
         def reencode(video: Any, thin_frames: Any) -> Any:
             return pixels.encode(vae, thin_frames(pixels.decode(vae, video)))
@@ -100,5 +103,5 @@ class KeyframeStride(io.ComfyNode):
                 stride,
                 low,
             )
-        patched = mount(model, KeyframeTimes(stride, note.frames, note.strided_frames))
+        patched = mount(model, KeyframeTimes(stride, note.frames, note.strided_frames, frame_rate))
         return io.NodeOutput(patched, thinned, low)

@@ -15,14 +15,13 @@ from .layouts.layout import Layout, Site, Unclear
 from .reuse import OUTSIDE_RANGE, Moment
 from .run import Run
 from .shadow import shadowed
-from .technique import Attend, AttentionCall, AttentionTechnique
+from .technique import NO_OPTIONS, Attend, AttentionCall, AttentionTechnique
 
 OVERRIDE = "optimized_attention_override"
 PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 
 TOKEN_COUNT = "TOKEN_COUNT"
 SPLIT_HEADS = "SPLIT_HEADS"
-NO_OPTIONS = "NO_OPTIONS"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,16 +13,24 @@ from .freeze import BLOCKS, WORK, Freeze
 from .layouts.layout import Layout
 from .reuse import Moment, Place
 from .shadow import shadowed
+from .technique import NO_OPTIONS
 
 
 def bound_blocks(
-    freeze: Freeze | None, moment: Moment | None, layout: Layout
+    freeze: Freeze | None, moment: Moment | None, layout: Layout, patches: Mapping[Any, Any]
 ) -> AbstractContextManager[None]:
-    """For the duration of one forward, put the freeze on top of whatever else handles blocks."""
+    """For the duration of one forward, put the freeze on top of whatever else handles blocks.
+
+    patches: what other packs have put around blocks, by place.
+    """
     if freeze is None or moment is None or freeze.scope not in (WORK, BLOCKS):
         return nullcontext()
     indices = range(freeze.blocks_kept, len(layout.blocks) - freeze.blocks_kept)
-    return shadowed((_work if freeze.scope == WORK else _whole)(moment, layout, indices))
+    if freeze.scope == WORK:
+        return shadowed(_work(moment, layout, indices))
+    # Where nothing but video flows through the blocks, and nobody adds to it, a run of frozen ones is one sum.
+    is_one = not layout.has_other_streams and not patches
+    return shadowed(_whole(moment, layout, [indices] if is_one else [range(i, i + 1) for i in indices]))
 
 
 def _work(
@@ -52,10 +60,8 @@ def _forward_work(
 
 
 def _whole(
-    moment: Moment, layout: Layout, indices: range
+    moment: Moment, layout: Layout, runs: Iterable[range]
 ) -> Iterator[tuple[torch.nn.Module, Callable[..., Any]]]:
-    # Where nothing but video flows through the blocks, a run of frozen ones is one sum.
-    runs = [range(i, i + 1) for i in indices] if layout.has_other_streams else [indices]
     for run in runs:
         stretch = _Stretch(moment, layout, run)
         for index in run:
@@ -70,10 +76,12 @@ class _Stretch:
         self.before: torch.Tensor | None = None
         self.is_frozen = False
 
-    def enter(self, video: torch.Tensor) -> torch.Tensor | None:
+    def enter(self, video: torch.Tensor, has_options: bool) -> torch.Tensor | None:
         """What the first block of a frozen stretch adds, or None where all are computed."""
         place = self.indices[0], "block"
         self.is_frozen = self.moment.has(place, like=video)
+        if self.is_frozen and self.layout.has_other_streams and not has_options:
+            self.is_frozen, self.moment.obstacle = False, NO_OPTIONS
         if self.is_frozen:
             return self.moment.value(place)
         # Blocks write into what they are given.
@@ -91,7 +99,9 @@ def _forward_block(
     stretch: _Stretch, index: int, original: Callable[..., Any], stream: Any, *args: Any, **kwargs: Any
 ) -> Any:
     layout = stretch.layout
-    added = stretch.enter(layout.video_of(stream)) if index == stretch.indices[0] else None
+    added = None
+    if index == stretch.indices[0]:
+        added = stretch.enter(layout.video_of(stream), "transformer_options" in kwargs)
     if stretch.is_frozen:
         out = layout.beside_video(original, stream, *args, **kwargs)
         if added is not None:

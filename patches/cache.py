@@ -24,16 +24,15 @@ Parts = tuple[torch.Tensor, ...]
 class Shelf:
     """Room for copies of tensors, and a count of what is taken.
 
-    placement: GPU, HOST or AUTO (GPU first). gpu_room, host_room: bytes that may be taken there; limit: bytes in
-    all, 0 for none. expected: bytes that host memory will have to hold. precision: FP8 packs what is kept. Copies to
-    and from host memory run on a stream of their own.
+    placement: GPU, HOST or AUTO (GPU first). rooms: bytes that may be taken of each; limit: bytes in all, 0 for
+    none. expected: bytes that host memory will have to hold. precision: FP8 packs what is kept. Copies to and from host
+    memory run on a stream of their own.
     """
 
     placement: str = AUTO
     limit: int = 0
     precision: str = DEFAULT
-    gpu_room: int = 2**62
-    host_room: int = 2**62
+    rooms: dict[str, int] = field(default_factory=lambda: {GPU: 2**62, HOST: 2**62})
     expected: int = 0
     taken: Counter[str] = field(default_factory=Counter)
     most: Counter[str] = field(default_factory=Counter)
@@ -45,46 +44,53 @@ class Shelf:
 
     def keep(self, tensor: torch.Tensor, is_exact: bool = False) -> Kept | None:
         """A copy of `tensor` where there is room, or None. is_exact: not packed."""
-        is_packed = self.precision == FP8 and not is_exact and has_fp8(tensor.device)
-        size = packed_size(tensor) if is_packed else tensor.nbytes
-        place = self._reserve(size)
-        if place is None:
-            return None
-        try:
-            parts = pack(tensor) if is_packed else (tensor,)
-            kept = Kept(self, tensor, parts, place, is_packed)
-        except RuntimeError:
-            # Out of memory: somebody else was faster than our count.
+        size = self.size_of(tensor, is_exact)
+        for place in (GPU, HOST) if self.placement == AUTO else (self.placement,):
+            if not self._reserve(place, size):
+                continue
+            try:
+                kept = Kept(self, tensor, place, self._packs(tensor, is_exact))
+            except RuntimeError:
+                # Out of memory: somebody else was faster than our count, and will be the next time.
+                with self._lock:
+                    self.taken[place] -= size
+                    self.rooms[place] = self.taken[place]
+                continue
             with self._lock:
-                self.taken[place] -= size
-            return None
-        kept.write(parts)
-        return kept
+                self.most[place] = max(self.most[place], self.taken[place])
+            return kept
+        return None
 
-    def make_ready(self, share: float) -> None:
-        """Have this share of the expected host memory ready before it is needed."""
+    def size_of(self, tensor: torch.Tensor, is_exact: bool = False) -> int:
+        """Bytes that a copy of it takes."""
+        if not self._packs(tensor, is_exact):
+            return tensor.nbytes
+        return tensor.numel() + tensor.nbytes // tensor.shape[-1]
+
+    def make_ready(self, share: float, piece: int) -> None:
+        """Have this share of the expected host memory ready before it is needed, for copies of so many bytes each."""
         try:
-            self._host.grow(int(self.expected * share))
+            self._host.grow(int(self.expected * share), piece)
         except RuntimeError:
             self.expected = 0
 
-    def host_buffer(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A buffer of its shape and dtype, and the memory below it."""
-        taken = self._host.take(like.nbytes)
-        return taken[: like.nbytes].view(like.dtype).view(like.shape), taken
+    def host_buffer(self, size: int) -> torch.Tensor:
+        return self._host.take(size)
 
     def release(self, kept: Kept) -> None:
         kept.wait()
         with self._lock:
             self.taken[kept.place] -= kept.nbytes
-        for taken in kept.taken:
-            self._host.give_back(taken)
+        if kept.taken is not None:
+            self._host.give_back(kept.taken)
 
     def close(self) -> None:
         """Wait for copies, and let go of host memory. Nothing kept may be used after it."""
-        for stream in self._streams.values():
-            stream.synchronize()
-        self._host.close()
+        try:
+            for stream in self._streams.values():
+                stream.synchronize()
+        finally:
+            self._host.close()
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         with self._lock:
@@ -92,37 +98,37 @@ class Shelf:
                 self._streams[device] = torch.cuda.Stream(device)
             return self._streams[device]
 
-    def _reserve(self, size: int) -> str | None:
-        rooms = {GPU: self.gpu_room, HOST: self.host_room}
+    def _packs(self, tensor: torch.Tensor, is_exact: bool = False) -> bool:
+        return self.precision == FP8 and not is_exact and has_fp8(tensor.device)
+
+    def _reserve(self, place: str, size: int) -> bool:
         with self._lock:
-            if self.limit and self.taken.total() + size > self.limit:
-                return None
-            for place in (GPU, HOST) if self.placement == AUTO else (self.placement,):
-                if self.taken[place] + size <= rooms[place]:
-                    self.taken[place] += size
-                    self.most[place] = max(self.most[place], self.taken[place])
-                    return place
-        return None
+            has_room = self.taken[place] + size <= self.rooms[place]
+            is_allowed = not self.limit or self.taken.total() + size <= self.limit
+            if has_room and is_allowed:
+                self.taken[place] += size
+            return has_room and is_allowed
 
 
 class Kept:
     """One kept tensor, and its way back to the device that it came from. Raises RuntimeError without memory."""
 
-    def __init__(self, shelf: Shelf, tensor: torch.Tensor, parts: Parts, place: str, is_packed: bool) -> None:
+    def __init__(self, shelf: Shelf, tensor: torch.Tensor, place: str, is_packed: bool) -> None:
         self.shelf, self.place, self.is_packed = shelf, place, is_packed
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         self.is_far = place == HOST and self.device.type != "cpu"
+        self.taken: torch.Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+        self._ahead: Parts | None = None
+        parts = pack(tensor) if is_packed else (tensor,)
         if self.is_far:
-            made = [shelf.host_buffer(part) for part in parts]
-            self.buffers = tuple(buffer for buffer, _ in made)
-            self.taken = tuple(taken for _, taken in made)
+            self.taken = shelf.host_buffer(sum(part.nbytes for part in parts))
+            self.buffers = carved(self.taken, parts)
         else:
             self.buffers = tuple(
                 torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts
             )
-            self.taken = ()
-        self._event: torch.cuda.Event | None = None
-        self._ahead: Parts | None = None
+        self.write(parts)
 
     @property
     def nbytes(self) -> int:
@@ -190,21 +196,23 @@ class Kept:
         return ahead
 
 
+def carved(memory: torch.Tensor, parts: Parts) -> Parts:
+    """Buffers of the shapes and dtypes of `parts`, one behind the other in uint8 `memory`; widest dtype first."""
+    sizes = [part.nbytes for part in parts]
+    pieces = memory[: sum(sizes)].split(sizes)
+    return tuple(piece.view(part.dtype).view(part.shape) for piece, part in zip(pieces, parts, strict=True))
+
+
 def pack(tensor: torch.Tensor) -> Parts:
-    """float8_e4m3fn and its scale, one for each vector of the last dimension [..., 1]."""
+    """The scale of each vector of the last dimension [..., 1], and the vectors in it as float8_e4m3fn."""
     largest = tensor.abs().amax(dim=-1, keepdim=True)
     # The smallest one is a normal number in every dtype: nothing is divided by zero.
     scale = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp_min(2**-14)
-    return (tensor / scale).to(torch.float8_e4m3fn), scale
-
-
-def packed_size(tensor: torch.Tensor) -> int:
-    """Bytes that `pack` makes of it."""
-    return tensor.numel() + tensor.nbytes // tensor.shape[-1]
+    return scale, (tensor / scale).to(torch.float8_e4m3fn)
 
 
 def unpack(parts: Parts) -> torch.Tensor:
-    values, scale = parts
+    scale, values = parts
     return values.to(scale.dtype).mul_(scale)
 
 

@@ -135,6 +135,7 @@ class FrozenAttention(Freeze, AttentionTechnique):
         moment = call.moment
         assert moment is not None
         moment.computed += 1
+        moment.expect(call.q)
         if moment.is_stored and self._obstacle(call) is None:
             own = own_frame(call.q, call.k, call.v, call.heads, call.tokens, call.scale)
             for part, value in zip(PARTS, own, strict=True):

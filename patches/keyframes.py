@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ OTHER_LENGTH = "OTHER_LENGTH"
 class KeyframeTimes(CallTechnique):
     """A clip of `strided_frames` latent frames lasts `stride` times as long; one of `frames` is left alone.
 
-    So one MODEL serves a strided stage and a full-length one.
+    So one MODEL serves a strided stage and a full-length one. frame_rate: the full one as the user told it, 0 if not.
     """
 
     name: ClassVar[str] = "keyframe stride"
@@ -27,6 +27,7 @@ class KeyframeTimes(CallTechnique):
     stride: int
     frames: int
     strided_frames: int
+    frame_rate: float = 0.0
 
     @property
     def is_neutral(self) -> bool:
@@ -50,12 +51,17 @@ class KeyframeTimes(CallTechnique):
         change = layout.stretched(self.stride)
         return change.reason if isinstance(change, Unclear) else change
 
-    def warn(self, layout: Layout) -> str | None:
+    def warnings(self, layout: Layout) -> Iterator[str]:
+        rate = layout.frame_rate
+        if rate and self.frame_rate and abs(rate / self.frame_rate - 1) > 0.01:
+            yield (
+                f"the conditioning says {rate:g} frames a second, and Keyframe Stride was told {self.frame_rate:g}. Give "
+                "both the full rate: times are stretched by the stride from what the conditioning says."
+            )
         seconds = layout.seconds(self.strided_frames)
-        if isinstance(seconds, Unclear) or seconds * self.stride <= layout.longest_seconds:
-            return None
-        return (
-            f"with stride {self.stride} the clip lasts {seconds * self.stride:.1f} s, and this model was made for "
-            f"positions up to {layout.longest_seconds:g} s: what lies beyond may break. Make the clip shorter, raise "
-            "frame_rate in its conditioning, or take a smaller stride."
-        )
+        if not isinstance(seconds, Unclear) and seconds * self.stride > layout.longest_seconds:
+            yield (
+                f"with stride {self.stride} the clip lasts {seconds * self.stride:.1f} s, and this model was made for "
+                f"positions up to {layout.longest_seconds:g} s: what lies beyond may break. Make the clip shorter, raise "
+                "frame_rate in its conditioning, or take a smaller stride."
+            )

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management as mm
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .attention import Forward, bound_attention
+from .attention import OVERRIDE, Forward, bound_attention
 from .blocks import bound_blocks
 from .cache import FP8, GPU, HOST
 from .clock import SigmaClock
-from .freeze import KEPT_BLOCK
+from .freeze import BLOCKS, KEPT_BLOCK, WORK
 from .layouts import read_layout, stream_of
 from .layouts.layout import Layout, Unclear
 from .reuse import Moment, Subject
@@ -26,6 +27,10 @@ PLAN = "frame_thrift_plan"
 RUN = "frame_thrift_run"
 JOURNAL = "frame_thrift_journal"
 FROZEN = "frame_thrift_frozen"
+OUT_OF_MEMORY_ADVICE = (
+    "FrameThrift: memory ran out beside what spatial freeze keeps (%s). All of it is let go and the run goes on without "
+    "freezing. For the next one set cache_device to cpu, cache_dtype to fp8_e4m3fn, or a cache_limit_gb."
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +94,7 @@ def _outer_sample(
     for warning in run.warn_before():
         logger.warning(warning)
     # As core's sampling: without guidance the negative conds are not computed.
+    run.patched = _patched(options)
     run.has_guidance = getattr(guider, "cfg", None) != 1 or bool(
         guider.model_options.get("disable_cfg1_optimization")
     )
@@ -139,26 +145,53 @@ def _apply_model(
             run.count(technique, layout.reason)
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
     sigma = float(options.get("sigmas", t).flatten()[0])
+    told = conds | _adapted(run, layout)
+
+    def forward(moment: Moment | None) -> Any:
+        given = options
+        if moment is not None and moment.is_frozen and moment.slot.held and run.freeze is not None:
+            given = {**options, FROZEN: run.freeze.scope}
+        try:
+            with (
+                bound_attention(Forward(run, layout, layout.video_tokens(), sigma, moment)),
+                bound_blocks(run.freeze, moment, layout, _block_patches(options)),
+            ):
+                return executor(x, t, c_concat, c_crossattn, control, given, **told)
+        except BaseException:
+            if moment is not None:
+                moment.reuse.drop(moment.slot)
+            raise
+
     moment = _begin(run, layout, sigma, x, c_crossattn, options)
-    conds |= _adapted(run, layout)
-    if moment is not None and moment.is_frozen:
-        options = {**options, FROZEN: True}
+    output = None
     try:
-        with (
-            bound_attention(Forward(run, layout, layout.video_tokens(), sigma, moment)),
-            bound_blocks(run.freeze, moment, layout),
-        ):
-            output = executor(x, t, c_concat, c_crossattn, control, options, **conds)
-    except BaseException:
-        if moment is not None:
-            moment.reuse.drop(moment.slot)
-        raise
+        output = forward(moment)
+    except torch.cuda.OutOfMemoryError as error:
+        if run.reuse is None or not run.reuse.is_in_use:
+            raise
+        logger.warning(OUT_OF_MEMORY_ADVICE, str(error))
+        run.reuse.give_up()
+    if output is None:
+        # Outside of the handler, whose traceback holds on to what the failed forward had made.
+        mm.soft_empty_cache()
+        moment = _begin(run, layout, sigma, x, c_crossattn, options)
+        output = forward(moment)
     if moment is not None:
         outcomes = moment.finish()
         if run.freeze is not None and run.freeze.unit == CallTechnique.unit:
             for reason in outcomes:
                 run.count(run.freeze, reason)
     return output
+
+
+def _block_patches(options: dict[str, Any]) -> dict[Any, Any]:
+    """What others have put in the place of transformer blocks, by place."""
+    return options.get("patches_replace", {}).get("dit", {})
+
+
+def _patched(options: dict[str, Any]) -> tuple[dict[Any, Any], Any]:
+    """What others have put in the place of blocks and of attention; a pass with something else is a perturbed one."""
+    return dict(_block_patches(options)), options.get(OVERRIDE)
 
 
 def _begin(
@@ -185,15 +218,15 @@ def _begin(
             x.device,
         ),
         window=layout.window_frames,
-        is_perturbed=layout.is_perturbed,
+        is_perturbed=layout.is_perturbed or _patched(options) != run.patched,
     )
     return run.reuse.begin(subject, sigma, run.evaluations)
 
 
 def _diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """A frozen forward streams only the weights that it still needs, none ahead."""
+    """A forward with frozen blocks or parts of them streams only the weights that it still needs, none ahead."""
     for given in (*args, *kwargs.values()):
-        if isinstance(given, dict) and given.get(FROZEN):
+        if isinstance(given, dict) and given.get(FROZEN) in (WORK, BLOCKS):
             given["prefetch_dynamic_vbars"] = False
     return executor(*args, **kwargs)
 
@@ -207,10 +240,11 @@ def _prepare_sampling(
     stream = stream_of(model.model.diffusion_model, tuple(noise_shape))
     if run is None or run.reuse is None or run.freeze is None or stream is None:
         return executor(model, noise_shape, conds, *args, **kwargs)
+    stream = replace(stream, is_alone=stream.is_alone and not run.patched[0])
     shelf = run.reuse.shelf
-    shelf.host_room = int(mm.get_free_memory(torch.device("cpu")) / 2)
+    shelf.rooms[HOST] = int(mm.get_free_memory(torch.device("cpu")) / 2)
     if mm.is_device_cpu(model.load_device):
-        shelf.gpu_room = shelf.host_room
+        shelf.rooms[GPU] = shelf.rooms[HOST]
         return executor(model, noise_shape, conds, *args, **kwargs)
     passes = sum(len(cond) for name, cond in conds.items() if run.has_guidance or name != "negative")
     numbers = stream.numbers * passes
@@ -229,9 +263,9 @@ def _prepare_sampling(
         # ComfyUI budgets by the noise's shape alone.
         shape[-1] = math.ceil(shape[-1] * (1 + wanted / needed))
     else:
-        shelf.expected = min(wanted, shelf.host_room)
+        shelf.expected = min(wanted, shelf.rooms[HOST])
     out = executor(model, shape, conds, *args, **kwargs)
-    shelf.gpu_room = max(0, int(mm.get_free_memory(model.load_device) - reserve)) if is_asked else 0
+    shelf.rooms[GPU] = max(0, int(mm.get_free_memory(model.load_device) - reserve)) if is_asked else 0
     return out
 
 
@@ -245,9 +279,9 @@ def _adapted(run: Run, layout: Layout) -> dict[str, Any]:
         run.count(technique, change if isinstance(change, str) else None)
         if not isinstance(change, str):
             told |= change
-            warning = technique.warn(layout)
-            if warning is not None and run.say_once(warning):
-                logger.warning("FrameThrift: %s", warning)
+            for warning in technique.warnings(layout):
+                if run.say_once(warning):
+                    logger.warning("FrameThrift: %s", warning)
     return told
 
 

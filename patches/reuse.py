@@ -20,6 +20,7 @@ PERTURBED = "PERTURBED"
 WINDOW_MOVED = "WINDOW_MOVED"
 SIGMA_ROSE = "SIGMA_ROSE"
 CACHE_FULL = "CACHE_FULL"
+OUT_OF_MEMORY = "OUT_OF_MEMORY"
 NOT_REACHED = "NOT_REACHED"
 
 Place = tuple[int, str]
@@ -62,7 +63,7 @@ class Held:
 
 @dataclass
 class Slot:
-    """What is kept for one subject. step: that of the last full forward, -1 for none; turn: when it was asked for."""
+    """What is kept for one subject. step, sigma: of the last full forward, -1 for none; turn: when it was asked for."""
 
     step: int = -1
     sigma: float = float("inf")
@@ -92,8 +93,9 @@ class Reuse:
         self.rhythm, self.clock, self.shelf = rhythm, clock, shelf
         self._slots: dict[tuple[Subject, int], Slot] = {}
         self._seen: Counter[Subject] = Counter()
-        self._evaluation = -1
+        self._evaluation: tuple[int, float] | None = None
         self._turn = 0
+        self._is_given_up = False
         self._lock = threading.Lock()
 
     def begin(self, subject: Subject, sigma: float, evaluation: int) -> Moment:
@@ -102,8 +104,9 @@ class Reuse:
             return Moment(self, Slot(), sigma, -1, NO_SCHEDULE, False)
         step = self.clock.step_at(sigma)
         with self._lock:
-            if evaluation != self._evaluation:
-                self._evaluation = evaluation
+            # By sigma too: a guider may keep the sampler's evaluations from being counted.
+            if (evaluation, sigma) != self._evaluation:
+                self._evaluation = evaluation, sigma
                 self._turn += 1
                 self._seen.clear()
                 # Conds that were batched otherwise, or not at all, the last time: nobody will ask for these again.
@@ -113,6 +116,8 @@ class Reuse:
             self._seen[subject] += 1
             if subject.is_perturbed:
                 return Moment(self, Slot(), sigma, step, PERTURBED, False)
+            if self._is_given_up:
+                return Moment(self, Slot(), sigma, step, OUT_OF_MEMORY, False)
             reason = self._reason(key, step, sigma)
             is_stored = reason is not None and self._is_worth_storing(step)
             slot = self._slots.get(key, Slot())
@@ -123,15 +128,26 @@ class Reuse:
                 self._drop(key)
         return Moment(self, slot, sigma, step, reason, is_stored)
 
-    def make_ready(self, step: int) -> None:
-        """After a forward of `step`: prepare a part of the room that the coming steps will need."""
+    def make_ready(self, step: int, piece: int) -> None:
+        """After a forward of `step`: prepare a part of the room that the coming steps will need, in such pieces."""
         first = self._first_stored
-        if 0 <= step < first:
-            self.shelf.make_ready((step + 1) / first)
+        if piece and 0 <= step < first:
+            self.shelf.make_ready((step + 1) / first, piece)
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether anything was kept, and more may be."""
+        return not self._is_given_up and self.shelf.most.total() > 0
+
+    def give_up(self) -> None:
+        """Memory ran out: let go of everything, and keep nothing more in this run."""
+        with self._lock:
+            self._is_given_up = True
+            self._drop_all()
 
     def close(self) -> None:
         with self._lock:
-            self._slots.clear()
+            self._drop_all()
         self.shelf.close()
 
     def drop(self, slot: Slot) -> None:
@@ -150,8 +166,6 @@ class Reuse:
         if slot is not None and sigma > slot.sigma * (1 + 1e-5):
             self._drop(key)
             return SIGMA_ROSE
-        if slot is not None:
-            slot.sigma = sigma
         if step not in self.rhythm.within:
             return OUTSIDE_RANGE
         if step == self.clock.steps - 1:
@@ -185,13 +199,24 @@ class Reuse:
 
     def _drop(self, key: tuple[Subject, int]) -> None:
         slot = self._slots.pop(key, None)
-        for held in slot.held.values() if slot else ():
+        if slot is None:
+            return
+        for held in slot.held.values():
             self.release(held)
+        # Whoever still has the slot, as the traceback of an error does, shall not keep its tensors alive.
+        slot.held.clear()
+
+    def _drop_all(self) -> None:
+        for key in list(self._slots):
+            self._drop(key)
 
 
 @dataclass
 class Moment:
-    """One forward: frozen (`reason` is None), or full, and then perhaps one to keep from."""
+    """One forward: frozen (`reason` is None), or full, and then perhaps one to keep from.
+
+    piece: bytes of one kept value. obstacle: why a frozen forward had to compute something, if not for want of room.
+    """
 
     reuse: Reuse
     slot: Slot
@@ -203,13 +228,21 @@ class Moment:
     computed: int = 0
     stored: int = 0
     refused: int = 0
+    piece: int = 0
+    obstacle: str = CACHE_FULL
 
     @property
     def is_frozen(self) -> bool:
         return self.reason is None
 
+    def expect(self, like: torch.Tensor) -> None:
+        """What is to be kept will be such tensors."""
+        self.piece = self.reuse.shelf.size_of(like)
+
     def has(self, place: Place, like: torch.Tensor | None = None) -> bool:
         """Whether this forward may reuse what was kept for `place`, and it is such a tensor as `like`."""
+        if like is not None:
+            self.expect(like)
         held = self.slot.held.get(place) if self.is_frozen else None
         if held is None:
             return False
@@ -233,7 +266,8 @@ class Moment:
             kept = shelf.keep(value, is_exact)
             if kept is not None:
                 self.slot.held[place] = Held(kept, self.sigma)
-        elif not self.reuse.rhythm.has_forecast or held.sigma == self.sigma:
+        elif not self.reuse.rhythm.has_forecast or self.slot.step == self.step:
+            # Samplers may evaluate a step more than once, at sigmas too near for a line through both.
             held.newest.overwrite(value)
             held.sigma = self.sigma
             kept = held.newest
@@ -255,14 +289,14 @@ class Moment:
 
     def finish(self) -> list[str | None]:
         """Close a forward that came to its end: its outcomes, None for frozen."""
-        self.reuse.make_ready(self.step)
+        self.reuse.make_ready(self.step, self.piece)
         if not self.reused + self.computed:
             return [NOT_REACHED]
         if not self.is_frozen:
             if self.stored:
                 self.slot.step, self.slot.sigma = self.step, self.sigma
             return [self.reason, *([CACHE_FULL] if self.refused else [])]
-        return [None] if self.reused else [CACHE_FULL]
+        return [None] if self.reused else [self.obstacle]
 
     def _fetch_next(self, place: Place) -> None:
         """Start the way back of what the next block needs."""

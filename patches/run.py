@@ -34,6 +34,8 @@ class Run:
         self.plan = tuple(plan)
         self.clock = clock
         self.has_guidance = True
+        # What other packs had put into the model when the run began: block patches by place, attention override.
+        self.patched: tuple[dict[Any, Any], Any] = ({}, None)
         self._lock = threading.Lock()
         self._tallies = {technique.name: Tally() for technique in self.plan}
         self._evaluations = 0
@@ -141,9 +143,8 @@ def summarise(record: dict[str, Any], suspects: Sequence[str] = ()) -> list[tupl
     for name, entry in record["techniques"].items():
         head = f"FrameThrift: {name} ({entry['settings']}): {_steps(entry['steps'], record['steps'])}; "
         declined = ", ".join(f"{reason} ×{count}" for reason, count in sorted(entry["declined"].items()))
-        total = sum(entry["declined"].values())
         if entry["taken"]:
-            text = f"{head}{entry['taken']} {entry['unit']} taken, {total} declined{f' ({declined})' if declined else ''}"
+            text = f"{head}{entry['taken']} {entry['unit']} taken, declined: {declined or 'none'}"
             if entry["unit"] == AttentionTechnique.unit:
                 text += f"; video self-attention work {record['attention_share']:.0%} of dense"
             if name == Freeze.name:
@@ -152,14 +153,12 @@ def summarise(record: dict[str, Any], suspects: Sequence[str] = ()) -> list[tupl
                     for place, size in record["cache_gib"].items()
                 )
             lines.append((False, f"{text}."))
-        elif total and entry["is_expected"]:
+        elif declined and entry["is_expected"]:
             lines.append((False, f"{head}not needed here ({declined}); the result is stock."))
-        elif total:
+        elif declined:
             # A range without steps was warned about before the run.
             is_news = bool(entry["steps"])
-            lines.append(
-                (is_news, f"{head}no effect, all {total} calls declined ({declined}); the result is stock.")
-            )
+            lines.append((is_news, f"{head}no effect, declined: {declined}; the result is stock."))
         elif record["forwards"]:
             cause = f" Object patches that may be why: {', '.join(suspects)}." if suspects else ""
             lines.append((True, f"{head}no effect, its attention calls were never reached.{cause}"))

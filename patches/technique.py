@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,6 +13,8 @@ from .clock import SigmaClock
 from .kernels.tokens import VideoTokens
 from .layouts.layout import Layout, Role, Site
 from .reuse import Moment
+
+NO_OPTIONS = "NO_OPTIONS"
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -153,6 +155,6 @@ class CallTechnique(Technique):
     def adapt(self, layout: Layout) -> Mapping[str, Any] | str:
         """The named arguments of the call that change, or the reason to leave it alone."""
 
-    def warn(self, layout: Layout) -> str | None:
-        """What the user should know about this forward; said once a run."""
-        return None
+    def warnings(self, layout: Layout) -> Iterator[str]:
+        """What the user should know about this forward; each is said once a run."""
+        yield from ()

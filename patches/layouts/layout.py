@@ -114,6 +114,11 @@ class Layout(ABC):
 
     @property
     @abstractmethod
+    def frame_rate(self) -> float | None:
+        """Video frames a second as the conditioning says, None if it does not."""
+
+    @property
+    @abstractmethod
     def longest_seconds(self) -> float:
         """The longest clip, in seconds, whose positions the model was made for."""
 

@@ -127,14 +127,15 @@ class LtxLayout(Layout):
 
     def stretched(self, factor: float) -> Mapping[str, Any] | Unclear:
         # Video and guide positions are divided by the frame rate; audio positions are seconds by themselves.
-        rate = self._rate()
+        rate = self.frame_rate
         return Unclear(NO_FRAME_RATE) if rate is None else {"frame_rate": rate / factor}
 
     def seconds(self, clip_frames: int) -> float | Unclear:
-        rate = self._rate()
+        rate = self.frame_rate
         return Unclear(NO_FRAME_RATE) if rate is None else (8 * (clip_frames - 1) + 1) / rate
 
-    def _rate(self) -> float | None:
+    @property
+    def frame_rate(self) -> float | None:
         rate = self._frame_rate
         return float(rate) if isinstance(rate, (int, float)) and rate > 0 else None
 

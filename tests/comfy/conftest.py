@@ -25,6 +25,21 @@ def last_run(pack) -> Callable[[Any], dict[str, Any]]:
     return lambda model: journal_of(model).records()[-1]["techniques"]["temporal window"]
 
 
+@pytest.fixture(scope="session")
+def frozen(pack) -> Callable[..., Any]:
+    """`frozen(model, scope=...)`: the model as ScheduleSpatialFreeze returns it."""
+    node = pack("nodes").ScheduleSpatialFreeze
+    defaults = {"start_percent": 0.0, "end_percent": 1.0, "refresh_every": 3, "scope": "whole blocks"}
+    return lambda model, **settings: node.execute(model, **{**defaults, **settings}).args[0]
+
+
+@pytest.fixture(scope="session")
+def record(pack) -> Callable[[Any], dict[str, Any]]:
+    """`record(model)`: the freeze's part of the last record in the journal."""
+    journal_of = pack("patches.mount").journal_of
+    return lambda model: journal_of(model).records()[-1]["techniques"]["spatial freeze"]
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """Imports a module of the test model."""

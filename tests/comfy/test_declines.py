@@ -57,9 +57,7 @@ def test_self_attention_of_another_pack_that_we_cannot_read(call, reason, count,
         result = sample(ours)
     assert last_run(ours)["declined"] == {reason: count} and not last_run(ours)["taken"]
     assert equal(result, sample(model))
-    assert any(
-        f"no effect, all {count} calls declined ({reason} ×{count})" in r.getMessage() for r in caplog.records
-    )
+    assert any(f"no effect, declined: {reason} ×{count};" in r.getMessage() for r in caplog.records)
 
 
 @pytest.mark.parametrize(

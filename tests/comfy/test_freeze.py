@@ -2,68 +2,24 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import weakref
 
 import comfy.context_windows
 import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from freezing import EVERY, SCOPES, SIGMAS, Counted
 from reference import SLOT, close, equal, freezing_model, set_slot
 from tiny_models import (
-    CUT,
     FAMILIES,
     build_model,
     conditioning,
-    context_windows,
     noise_like,
     sample,
-    sample_with,
     zeros_like,
 )
 from torch.utils.flop_counter import FlopCounterMode
-
-SIGMAS = torch.linspace(1, 0, 9)
-SCOPES = ("per-frame work", "whole blocks")
-EVERY = ("spatial attention", *SCOPES)
-
-
-@pytest.fixture(scope="session")
-def frozen(pack):
-    node = pack("nodes").ScheduleSpatialFreeze
-    defaults = {"start_percent": 0.0, "end_percent": 1.0, "refresh_every": 3, "scope": "whole blocks"}
-    return lambda model, **settings: node.execute(model, **{**defaults, **settings}).args[0]
-
-
-@pytest.fixture(scope="session")
-def record(pack):
-    journal_of = pack("patches.mount").journal_of
-    return lambda model: journal_of(model).records()[-1]["techniques"]["spatial freeze"]
-
-
-class Counted:
-    """Calls of one sub-module of every block, by the step they came in."""
-
-    def __init__(self, model, path):
-        self.steps, self.step = [], None
-        for block in model.model.diffusion_model.transformer_blocks:
-            block.get_submodule(path).register_forward_pre_hook(lambda *_: self.steps.append(self.step))
-
-    def watch(self, model):
-        clone = model.clone()
-
-        def note(executor, x, t, *args, **kwargs):
-            sigma = float(args[3]["sigmas"][0])
-            self.step = min(range(8), key=lambda i: abs(float(SIGMAS[i]) - sigma))
-            return executor(x, t, *args, **kwargs)
-
-        clone.add_wrapper_with_key("apply_model", "counter", note)
-        return clone
-
-    def by_step(self):
-        return [self.steps.count(step) for step in range(8)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -163,14 +119,6 @@ def test_all_blocks_kept(scope, frozen, record):
     assert record(ours)["declined"] == {"KEPT_BLOCK": 8}
 
 
-def test_a_frozen_run_of_blocks_keeps_one_tensor(frozen, pack):
-    ours = frozen(build_model(blocks=4), forecast="hold")
-    sample(ours, sigmas=SIGMAS, cfg=1.0)
-    kept = pack("patches.mount").journal_of(ours).records()[-1]["cache_gib"]
-    # 9 frames of 6 tokens, 128 wide, in float32: once, not once a block.
-    assert sum(kept.values()) * 2**30 == 54 * 128 * 4
-
-
 @pytest.mark.parametrize("scope", EVERY)
 @pytest.mark.parametrize(
     "sampler", ["euler", "heun", "dpm_2", "dpmpp_2m", "euler_ancestral", "res_multistep"]
@@ -191,6 +139,22 @@ def test_the_step_comes_from_sigma(scope, sampler, frozen, record):
         assert counted.by_step() == [3, 0, 0, 6, 0, 0, 6, 6]
 
 
+@pytest.mark.parametrize("sampler", ["dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde"])
+def test_a_forecast_spans_steps_not_evaluations(sampler, frozen, pack, monkeypatch):
+    """Samplers that evaluate a step at two sigmas: a line through both would point anywhere."""
+    reuse, spans = pack("patches.reuse"), []
+    at = reuse.Held.at
+
+    def watching(self, sigma):
+        if self.older is not None:
+            spans.append(self.older_sigma - self.sigma)
+        return at(self, sigma)
+
+    monkeypatch.setattr(reuse.Held, "at", watching)
+    sample(frozen(build_model(), forecast="linear", refresh_every=2), sigmas=SIGMAS, sampler=sampler)
+    assert spans and min(spans) > 0.1
+
+
 def test_partial_denoise_and_the_stock_ksampler(frozen, record):
     model = build_model()
     ours = frozen(model)
@@ -204,33 +168,6 @@ def test_partial_denoise_and_the_stock_ksampler(frozen, record):
             denoise=denoise, disable_pbar=True, seed=3,
         )  # fmt: skip
         assert record(ours)["taken"] == len(record(ours)["steps"]) > 0
-
-
-def test_another_cache_skips_our_refresh(frozen, record):
-    """The next step that runs is then the full one."""
-    model = build_model()
-    counted = Counted(model, "attn1.to_q")
-    ours = counted.watch(frozen(model))
-    skipped = float(SIGMAS[3])
-
-    def skip(executor, x, t, *args, **kwargs):
-        return x * 0.1 if abs(counted.step - 3) < 0.5 else executor(x, t, *args, **kwargs)
-
-    ours.add_wrapper_with_key("diffusion_model", "somebody's cache", skip)
-    sample(ours, sigmas=SIGMAS)
-    assert counted.by_step() == [3, 0, 0, 0, 3, 0, 0, 3] and skipped
-    assert record(ours)["declined"]["NOT_REACHED"] == 1
-
-
-def test_core_easycache_in_both_orders(frozen, record):
-    nodes = pytest.importorskip("comfy_extras.nodes_easycache")
-    model = build_model()
-
-    def cached(patcher):
-        return nodes.EasyCacheNode.execute(patcher, 0.2, 0.15, 0.95, False).args[0]
-
-    one, other = cached(frozen(model)), frozen(cached(model))
-    assert equal(sample(one, sigmas=SIGMAS), sample(other, sigmas=SIGMAS))
 
 
 def test_a_sampler_that_jumps_back_in_sigma(frozen, record):
@@ -253,150 +190,6 @@ def test_a_sampler_that_jumps_back_in_sigma(frozen, record):
     assert record(ours)["declined"]["SIGMA_ROSE"] == 1 and record(ours)["taken"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scope", EVERY)
-def test_a_cond_evaluated_twice_and_perturbed(family, scope, frozen, record):
-    """Each pass keeps its own; a perturbed one is computed in full, and counts calls inside blocks as ever."""
-    model = build_model(family)
-    attended = []
-
-    class Twice(comfy.samplers.CFGGuider):
-        def predict_noise(self, x, timestep, model_options, seed=None):
-            conds, calc = [self.conds["positive"]], comfy.samplers.calc_cond_batch
-            plain = calc(self.inner_model, conds, x, timestep, model_options)[0]
-            other = calc(self.inner_model, conds, x * 0.5, timestep, model_options)[0]
-            options = comfy.model_patcher.create_model_options_clone(model_options)
-            options["transformer_options"] |= {"stg_indexes": [1], "a2v_cross_attn": False, "ptb_index": 0}
-            attended.append(0)
-            perturbed = calc(self.inner_model, conds, x, timestep, options)[0]
-            return plain + 0.5 * (plain - perturbed) + 0.1 * other
-
-    ours = frozen(model, scope=scope, refresh_every=2)
-    result = sample_with(Twice(ours), family)
-    assert not equal(result, sample_with(Twice(model), family))
-    calls = 1 if scope != "spatial attention" else 3
-    assert record(ours)["declined"]["PERTURBED"] == 3 * calls
-    assert record(ours)["taken"] == 2 * calls
-
-
-@pytest.mark.parametrize("family", CUT)
-def test_context_windows_that_stay_and_that_move(family, frozen, record, pack):
-    model, noise = build_model(family), noise_like(family, (15, 2, 2))
-    still = frozen(context_windows(model))
-    sample(still, family, noise=noise, sigmas=SIGMAS)
-    assert record(still)["taken"] == 4 * 3 and "WINDOW_MOVED" not in record(still)["declined"]
-
-    moving = context_windows(model)
-    handler = moving.model_options["context_handler"]
-    windows = comfy.context_windows
-    handler.context_schedule = windows.get_matching_context_schedule(
-        windows.ContextSchedules.UNIFORM_STANDARD
-    )
-    ours = frozen(moving)
-    result = sample(ours, family, noise=noise, sigmas=SIGMAS)
-    assert record(ours)["declined"]["WINDOW_MOVED"] and result
-    kept = pack("patches.mount").journal_of(ours).records()[-1]["cache_gib"]
-    still_kept = pack("patches.mount").journal_of(still).records()[-1]["cache_gib"]
-    assert sum(kept.values()) <= 2 * sum(still_kept.values())
-
-
-def test_conds_that_are_batched_otherwise_from_some_step_on(frozen, record, pack, monkeypatch):
-    """As core does when memory runs short: a full step then, and what the batch had left is let go."""
-    model = build_model()
-    ours = frozen(model, forecast="hold")
-    whole = sample(ours, sigmas=SIGMAS)
-    kept = pack("patches.mount").journal_of(ours).records()[-1]["cache_gib"]
-    required, sizes = model.model.memory_required, []
-
-    def memory_required(shape, *args, **kwargs):
-        sizes.append(1)
-        return 1e30 if len(sizes) > 4 else required(shape, *args, **kwargs)
-
-    monkeypatch.setattr(model.model, "memory_required", memory_required)
-    result = sample(ours, sigmas=SIGMAS)
-    assert result[0].shape == whole[0].shape and record(ours)["taken"]
-    split = pack("patches.mount").journal_of(ours).records()[-1]["cache_gib"]
-    assert sum(split.values()) <= 2 * sum(kept.values())
-
-
-@pytest.mark.parametrize("scope", EVERY)
-def test_no_room(scope, frozen, record):
-    model = build_model()
-    ours = frozen(model, scope=scope, cache_limit_gb=1e-8)
-    assert equal(sample(ours, sigmas=SIGMAS), sample(model, sigmas=SIGMAS))
-    assert record(ours)["declined"]["CACHE_FULL"] and not record(ours)["taken"]
-
-
-def test_memory_that_is_gone_when_it_is_asked_for(frozen, record, pack, monkeypatch):
-    cache, empty = pack("patches.cache"), torch.empty_like
-
-    def failing(tensor, **kwargs):
-        if kwargs.get("memory_format") is torch.contiguous_format:
-            raise torch.OutOfMemoryError("no memory")
-        return empty(tensor, **kwargs)
-
-    monkeypatch.setattr(cache.torch, "empty_like", failing)
-    model = build_model()
-    ours = frozen(model)
-    assert equal(sample(ours, sigmas=SIGMAS), sample(model, sigmas=SIGMAS))
-    assert record(ours)["declined"]["CACHE_FULL"] and not record(ours)["taken"]
-
-
-@pytest.mark.parametrize("scope", EVERY)
-def test_fp8_takes_less_and_comes_near(scope, frozen, record, pack):
-    model = build_model()
-    exact, packed = frozen(model, scope=scope), frozen(model, scope=scope, cache_dtype="fp8_e4m3fn")
-    stock, wanted, result = (sample(one, sigmas=SIGMAS) for one in (model, exact, packed))
-    assert record(packed)["taken"] == record(exact)["taken"]
-    assert distance(result, wanted) < 0.5 * distance(stock, wanted)
-    assert not equal(result, wanted)
-    taken = [
-        sum(pack("patches.mount").journal_of(one).records()[-1]["cache_gib"].values())
-        for one in (packed, exact)
-    ]
-    # The tiny model computes in fp32 with short vectors; the log-sum-exp of a softmax share stays as it is.
-    assert taken[0] < 0.45 * taken[1]
-
-
-def distance(left, right):
-    return sum((a - b).square().sum() for a, b in zip(left, right, strict=True)).sqrt().item()
-
-
-def test_host_memory_is_prepared_before_it_is_needed(frozen, record, pack, monkeypatch):
-    cache, asked = pack("patches.cache"), []
-    monkeypatch.setattr(cache.Shelf, "make_ready", lambda self, share: asked.append(share))
-    ours = frozen(build_model(), start_percent=0.3)
-    sample(ours, sigmas=torch.linspace(1, 0, 129))
-    # The forecast begins two steps before the first frozen one.
-    before = record(ours)["steps"][0] - 2
-    assert before > 1 and asked == [(step + 1) / before for step in range(before)]
-
-
-@pytest.mark.parametrize("precision", ["default", "fp8_e4m3fn"])
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("family", ["ltxv", "ltxav"])
-def test_host_memory_is_prepared_for_what_will_be_kept(family, scope, precision, frozen, pack, monkeypatch):
-    mount, cache, shelves = pack("patches.mount"), pack("patches.cache"), []
-    monkeypatch.setattr(mount.mm, "is_device_cpu", lambda device: False)
-    monkeypatch.setattr(cache.Shelf, "close", lambda self: shelves.append(self))
-    ours = frozen(build_model(family), scope=scope, cache_device="cpu", cache_dtype=precision)
-    for cfg in (1.0, 2.0):
-        sample(ours, family, sigmas=SIGMAS, cfg=cfg)
-    one, two = shelves
-    assert two.expected == 2 * one.expected
-    # Scales come on top of fp8; packed audio, half of the tiny latent, is counted with the video.
-    assert (0.75 if family == "ltxv" else 0.4) * one.expected <= one.most["cpu"] <= 1.25 * one.expected
-
-
-def test_room_for_some_blocks(frozen, record):
-    model = build_model("ltxav")
-    counted = Counted(model, "attn1.to_q")
-    ours = frozen(model, forecast="hold", cache_limit_gb=2 * 54 * 128 * 4 / 2**30)
-    sample(counted.watch(ours), "ltxav", sigmas=SIGMAS, cfg=1.0)
-    assert counted.by_step() == [3, 1, 1, 3, 1, 1, 3, 3]
-    assert record(ours)["declined"]["CACHE_FULL"] and record(ours)["taken"] == 4
-
-
 def test_a_range_that_freezes_nothing_names_what_would(frozen, record, caplog):
     sigmas = torch.tensor([1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909, 0.725, 0.422, 0.0])
     model = build_model()
@@ -408,81 +201,6 @@ def test_a_range_that_freezes_nothing_names_what_would(frozen, record, caplog):
     again = frozen(model, **{"start_percent": 0.6, name: float(value)})
     sample(again, sigmas=sigmas)
     assert record(again)["taken"]
-
-
-@pytest.mark.parametrize("scope", EVERY)
-@pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, RuntimeError])
-def test_an_error_in_a_frozen_step_leaves_no_tensor(scope, error, frozen, pack, monkeypatch):
-    cache = pack("patches.cache")
-    tensors = []
-    keep = cache.Shelf.keep
-
-    def watching(self, *args):
-        kept = keep(self, *args)
-        tensors.extend(weakref.ref(buffer) for buffer in kept.buffers)
-        return kept
-
-    monkeypatch.setattr(cache.Shelf, "keep", watching)
-    model = build_model()
-    ours = frozen(model, scope=scope)
-    expected = sample(ours, sigmas=SIGMAS)
-    gc.collect()
-    assert tensors and all(ref() is None for ref in tensors)
-    broken = ours.clone()
-
-    def fail(executor, *args, **kwargs):
-        options = next(a for a in args if isinstance(a, dict))
-        if options.get("frame_thrift_frozen"):
-            raise error("stop")
-        return executor(*args, **kwargs)
-
-    broken.add_wrapper_with_key("diffusion_model", "failing", fail)
-    with pytest.raises(error):
-        sample(broken, sigmas=SIGMAS)
-    gc.collect()
-    assert all(ref() is None for ref in tensors)
-    for module in model.model.diffusion_model.modules():
-        assert "forward" not in vars(module)
-    assert equal(sample(ours, sigmas=SIGMAS), expected)
-
-
-@pytest.mark.parametrize("scope", EVERY)
-def test_torch_compile(scope, frozen, record):
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-    model = frozen(build_model(blocks=2), scope=scope)
-    plain = sample(model, sigmas=SIGMAS)
-    compiled = model.clone()
-    set_torch_compile_wrapper(compiled, backend="eager")
-    result = sample(compiled, sigmas=SIGMAS)
-    assert record(compiled)["taken"] and close(result, plain)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scope", EVERY)
-def test_with_the_window_in_any_order(family, scope, frozen, windowed):
-    model = build_model(family)
-    one, other = windowed(frozen(model, scope=scope)), frozen(windowed(model), scope=scope)
-    assert equal(sample(one, family, sigmas=SIGMAS), sample(other, family, sigmas=SIGMAS))
-
-
-def test_module_forwards_of_other_packs_are_kept(frozen):
-    """As chunked feed-forwards are: replaced by object patch, before or after us."""
-    model = build_model()
-
-    def patch(patcher):
-        clone = patcher.clone()
-        for index, block in enumerate(model.model.diffusion_model.transformer_blocks):
-            forward = block.ff.forward
-            clone.add_object_patch(
-                f"diffusion_model.transformer_blocks.{index}.ff.forward", lambda x, f=forward: f(x) * 0.5
-            )
-        return clone
-
-    one, other = patch(frozen(model, scope="per-frame work")), frozen(patch(model), scope="per-frame work")
-    result = sample(one, sigmas=SIGMAS)
-    assert equal(result, sample(other, sigmas=SIGMAS))
-    assert not close(result, sample(frozen(model, scope="per-frame work"), sigmas=SIGMAS))
 
 
 class TestSpatialAttention:

@@ -151,6 +151,22 @@ def test_stride_1_hands_on_what_came(node):
     assert out[0] is model and out[1] is latent and out[2] == 24.0
 
 
+def test_stride_1_takes_an_earlier_stride_off(node, pack):
+    latent = {"samples": torch.zeros(1, 128, *SHAPE)}
+    strided = node.execute(build_model(), latent, 2).args[0]
+    assert pack("patches.mount").plan_of(strided)
+    assert not pack("patches.mount").plan_of(node.execute(strided, latent, 1).args[0])
+
+
+@pytest.mark.parametrize(("told", "is_news"), [(24.0, False), (0.0, False), (48.0, True)])
+def test_two_frame_rates_that_do_not_agree_are_warned_about_once(node, caplog, told, is_news):
+    """As when the low rate is wired into the conditioning: times would be stretched twice."""
+    ours, latent, _ = node.execute(build_model(), {"samples": torch.zeros(1, 128, *SHAPE)}, 2, told).args
+    noise = noise_like(shape=(latent["samples"].shape[2], 2, 3))
+    sample(ours, noise=noise, **at_rate("ltxv", 24.0))
+    assert caplog.text.count("the conditioning says 24 frames a second") == is_news
+
+
 def test_a_clip_beyond_the_models_seconds_is_warned_about_once(node, caplog):
     model = build_model()
     ours, latent, _ = node.execute(model, {"samples": torch.zeros(1, 128, *SHAPE)}, 4).args
@@ -170,7 +186,7 @@ def test_a_low_frame_rate_gets_one_honest_line(node, caplog, rate, stride, is_lo
 
 def test_a_model_without_a_frame_rate_declines(node, last, pack, monkeypatch):
     ltx = pack("patches.layouts.ltx")
-    monkeypatch.setattr(ltx.LtxLayout, "_rate", lambda self: None)
+    monkeypatch.setattr(ltx.LtxLayout, "frame_rate", None)
     model, noise = build_model(), noise_like(shape=(5, 2, 3))
     ours = node.execute(model, {"samples": torch.zeros(1, 128, *SHAPE)}, 2).args[0]
     assert equal(sample(ours, noise=noise), sample(model, noise=noise))

@@ -55,7 +55,7 @@ def test_graph_runs_and_the_log_says_what_the_window_did(server: Any, graphs: An
     lines = [line for line in new_log().splitlines() if "FrameThrift:" in line]
     assert len(lines) == 1
     assert "steps 1–2 of 2" in lines[0]
-    assert "taken, 0 declined" in lines[0]
+    assert "taken, declined: none" in lines[0]
 
 
 def test_window_changes_the_picture_and_a_wide_one_does_not(server: Any, graphs: Any) -> None:

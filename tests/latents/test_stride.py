@@ -162,6 +162,31 @@ def test_a_length_that_does_not_fit_names_those_that_do(restore):
         restore.note_for(empty(5), 2, 97)
 
 
+@pytest.mark.parametrize(
+    ("frames", "given_stride", "length", "words"),
+    [(5, 0, 801, "stride of 25; 8 is the largest"), (1, 2, 0, "nothing in between"), (1, 0, 9, "nothing in between")],
+)  # fmt: skip
+def test_what_cannot_be_restored_says_why(restore, frames, given_stride, length, words):
+    with pytest.raises(ValueError, match=words):
+        restore.note_for(empty(frames), given_stride, length)
+
+
+def test_guides_have_to_be_cropped_first(stride, restore):
+    """A guide would be taken for the clip's last frame, and blended into it."""
+    guided = {**empty(6), "noise_mask": torch.ones(1, 1, 6, 1, 1)}
+    guided["noise_mask"][:, :, -1] = 0.0
+    with pytest.raises(ValueError, match="LTXVCropGuides before"):
+        restore.note_for(guided, 2, 0)
+    first = {**empty(5), "noise_mask": torch.ones(1, 1, 5, 1, 1)}
+    first["noise_mask"][:, :, 0] = 0.0
+    assert restore.note_for(first, 2, 0).frames == 9
+
+
+@pytest.mark.parametrize(("given_stride", "length"), [(1, 0), (1, 33), (0, 33)])
+def test_a_full_length_needs_nothing(restore, given_stride, length):
+    assert restore.note_for(empty(5), given_stride, length) is None
+
+
 @pytest.mark.parametrize("method", ["linear", "smooth", "motion"])
 def test_latents_come_back_at_the_right_times(pack, restore, stride, method):
     """A latent that rises with time, thinned at the times of a stride, comes back as it was."""

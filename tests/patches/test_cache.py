@@ -13,7 +13,7 @@ def test_packing_keeps_every_vector_within_its_precision(dtype, pack):
     value[0, 0], value[1, 1, 7] = 0, 6e4
     value = value.to(dtype)
     parts = cache.pack(value)
-    assert sum(part.nbytes for part in parts) == cache.packed_size(value)
+    assert sum(part.nbytes for part in parts) == cache.Shelf(precision=cache.FP8).size_of(value)
     back = cache.unpack(parts)
     assert back.dtype == dtype and back.isfinite().all()
     largest = value.abs().amax(dim=-1, keepdim=True).double()
@@ -22,18 +22,21 @@ def test_packing_keeps_every_vector_within_its_precision(dtype, pack):
     assert ((back - value).abs().double() <= allowed).all()
 
 
-def test_host_room_hands_out_every_byte_once(pack):
+@pytest.mark.parametrize("piece", [100, 30_000, 2**15 + 1, 2**16, 2**16 + 4096])
+def test_host_room_wastes_nothing_and_hands_out_every_byte_once(piece, pack, monkeypatch):
     host = pack("patches.host")
+    monkeypatch.setattr(host, "CHUNK", 2**16)
     room = host.HostRoom()
-    room.grow(host.CHUNK + 1)
-    assert room.size == 2 * host.CHUNK
-    sizes = [host.CHUNK // 2 + 1, host.CHUNK // 2, 100, host.CHUNK, host.CHUNK + 1000]
-    taken = [room.take(size) for size in sizes]
-    assert all(buffer.nbytes >= size for buffer, size in zip(taken, sizes, strict=True))
-    spans = sorted((buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in taken)
+    room.grow(5 * piece, piece)
+    ready = room.size
+    assert 5 * piece <= ready < 5 * piece + max(host.CHUNK, host.aligned(piece)) + 5 * host.ALIGNMENT
+    taken = [room.take(piece) for _ in range(5)]
+    assert room.size == ready and all(piece <= buffer.nbytes < piece + host.ALIGNMENT for buffer in taken)
+    other = room.take(piece + 1000)
+    spans = sorted((buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes) for buffer in [*taken, other])
     assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
     room.give_back(taken[2])
-    assert room.take(100).data_ptr() == taken[2].data_ptr()
+    assert room.take(piece).data_ptr() == taken[2].data_ptr()
     room.close()
     assert room.size == 0
 
@@ -50,8 +53,67 @@ def test_host_room_unlocks_what_was_locked_and_asks_no_more_once_refused(pack, m
 
     monkeypatch.setattr(host.mm, "pin_memory", pin_memory)
     monkeypatch.setattr(host.mm, "unpin_memory", lambda chunk: unlocked.append(chunk.data_ptr()))
+    monkeypatch.setattr(host, "CHUNK", 2**16)
     room = host.HostRoom()
-    room.grow(5 * host.CHUNK)
+    room.grow(5 * host.CHUNK, host.CHUNK)
     assert len(asked) == 3 and len(locked) == 2
     room.close()
     assert unlocked == locked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_lie_one_behind_the_other(dtype, pack):
+    """Also where a value has an odd count of numbers."""
+    cache = pack("patches.cache")
+    parts = cache.pack(torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0)).to(dtype))
+    memory = torch.zeros(sum(part.nbytes for part in parts) + 9, dtype=torch.uint8)
+    buffers = cache.carved(memory, parts)
+    for buffer, part in zip(buffers, parts, strict=True):
+        buffer.copy_(part)
+    assert torch.equal(cache.unpack(buffers), cache.unpack(parts))
+
+
+def test_auto_goes_to_host_memory_once_the_gpu_has_none(pack, monkeypatch):
+    cache, asked = pack("patches.cache"), []
+    original = cache.Kept
+
+    def kept(shelf, tensor, place, is_packed):
+        asked.append(place)
+        if asked.count(cache.GPU) == 2 and place == cache.GPU:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(shelf, tensor, place, is_packed)
+
+    monkeypatch.setattr(cache, "Kept", kept)
+    shelf = cache.Shelf()
+    places = [shelf.keep(torch.ones(4)).place for _ in range(4)]
+    assert places == [cache.GPU, cache.HOST, cache.HOST, cache.HOST]
+    # Not asked again, and what could not be had is not reported.
+    assert asked.count(cache.GPU) == 2 and shelf.most == {cache.GPU: 16, cache.HOST: 48}
+
+
+@pytest.mark.parametrize("placement", ["gpu", "cpu"])
+def test_no_memory_anywhere(placement, pack, monkeypatch):
+    cache = pack("patches.cache")
+
+    def kept(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(cache, "Kept", kept)
+    shelf = cache.Shelf(placement)
+    assert shelf.keep(torch.ones(4)) is None and not shelf.taken.total() and not shelf.most.total()
+
+
+def test_host_memory_is_let_go_even_if_a_copy_failed(pack, monkeypatch):
+    cache = pack("patches.cache")
+    shelf = cache.Shelf()
+    closed = []
+    monkeypatch.setattr(shelf._host, "close", lambda: closed.append(True))
+
+    class Broken:
+        def synchronize(self):
+            raise RuntimeError("device lost")
+
+    shelf._streams[torch.device("cpu")] = Broken()
+    with pytest.raises(RuntimeError, match="device lost"):
+        shelf.close()
+    assert closed

@@ -121,12 +121,15 @@ def sample(
     return list(out.unbind()) if out.is_nested else [out]
 
 
-def sample_with(guider: Any, family: str, cfg: float = 2.0) -> list[torch.Tensor]:
-    """Three Euler steps with a guider, as SamplerCustomAdvanced takes them. Returns [video] or [video, audio]."""
+def sample_with(
+    guider: Any, family: str = "ltxv", cfg: float = 2.0, sigmas: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Euler steps (three) with a guider, as SamplerCustomAdvanced takes them. Returns [video] or [video, audio]."""
     guider.set_conds(conditioning(family), conditioning(family, seed=7))
     guider.set_cfg(cfg)
     noise, sampler = noise_like(family), comfy.samplers.sampler_object("euler")
-    out = guider.sample(noise, zeros_like(noise), sampler, torch.linspace(1, 0, 4), disable_pbar=True, seed=3)
+    sigmas = torch.linspace(1, 0, 4) if sigmas is None else sigmas
+    out = guider.sample(noise, zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=3)
     return list(out.unbind()) if out.is_nested else [out]
 
 
