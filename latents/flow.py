@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+
+from .motion import reduced, resized
 
 # RAFT's pyramid needs feature maps of 16 at an eighth of the picture.
 SMALLEST = 128
@@ -29,6 +33,20 @@ def build_raft(state: dict[str, torch.Tensor]) -> torch.nn.Module:
     return model.eval().float()
 
 
+def working_size(height: int, width: int) -> tuple[int, tuple[int, int]]:
+    """By how much RAFT's input is enlarged, and to what size."""
+    zoom = max(1, -(-SMALLEST // min(height, width)))
+    return zoom, (height * zoom, width * zoom)
+
+
+def memory_used(height: int, width: int) -> int:
+    """Bytes that RAFT takes for pictures of this size: above all, every place of one compared with every of the other."""
+    picture = reduced(torch.empty(1, 1, height, width, device="meta"))
+    _, size = working_size(*picture.shape[-2:])
+    places = math.prod(size) // STEP**2
+    return 4 * 4 * places**2 + 2**28
+
+
 class RaftFlow:
     """Callable (a, b) -> flow [B, 2, H, W] between pictures [B, C, H, W] of any channels.
 
@@ -40,11 +58,11 @@ class RaftFlow:
 
     @torch.no_grad()
     def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        height, width = a.shape[-2:]
+        whole = a.shape[-2:]
         if a.shape[1] != 3:
             a, b = three_components(a, b)
-        zoom = max(1, -(-SMALLEST // min(height, width)))
-        size = (height * zoom, width * zoom)
+        a, b = reduced(a), reduced(b)
+        zoom, size = working_size(*a.shape[-2:])
         # RAFT compares all places with all: pictures one by one, unless they are small.
         together = max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
         flow = torch.cat(
@@ -53,7 +71,7 @@ class RaftFlow:
                 for some_a, some_b in zip(a.split(together), b.split(together), strict=True)
             ]
         )
-        return F.avg_pool2d(flow, zoom) / zoom if zoom > 1 else flow
+        return resized(F.avg_pool2d(flow, zoom) / zoom if zoom > 1 else flow, whole)
 
     def _flow(self, a: torch.Tensor, b: torch.Tensor, zoom: int) -> torch.Tensor:
         size = (a.shape[-2] * zoom, a.shape[-1] * zoom)
@@ -68,12 +86,13 @@ class RaftFlow:
 
 
 def three_components(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both pictures as three channels in 0..1: their common principal components, alike for the whole batch."""
-    both = torch.stack((a, b)).movedim(2, 0).flatten(1)
-    mean = both.mean(dim=1, keepdim=True)
-    _, vectors = torch.linalg.eigh((both - mean) @ (both - mean).T)
-    shown = vectors[:, -3:].T @ (both - mean)
-    low, high = shown.amin(dim=1, keepdim=True), shown.amax(dim=1, keepdim=True)
-    shown = ((shown - low) / (high - low).clamp(min=1e-6)).unflatten(1, (2, a.shape[0], *a.shape[-2:]))
-    pair = shown.movedim(0, 2)
+    """Both pictures as three channels in 0..1: the principal components that each pair has in common."""
+    both = rearrange([a, b], "two b c h w -> b c (two h w)")
+    both = both - both.mean(dim=2, keepdim=True)
+    # On the CPU: some devices have no eigenvectors, and none is faster for so few numbers.
+    _, vectors = torch.linalg.eigh((both @ both.mT).cpu())
+    shown = vectors[..., -3:].mT.to(both) @ both
+    low, high = shown.amin(dim=2, keepdim=True), shown.amax(dim=2, keepdim=True)
+    shown = (shown - low) / (high - low).clamp(min=1e-6)
+    pair = rearrange(shown, "b c (two h w) -> two b c h w", two=2, h=a.shape[-2])
     return pair[0], pair[1]

@@ -5,13 +5,15 @@ Pictures are [B, C, H, W] of any channels, flows [B, 2, H, W] in pixels, x befor
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 # Above this many pixels motion is estimated on a smaller picture.
 WORKING_PIXELS = 512 * 512
-# So many pixels are matched at a time, all changes and pictures together.
-PIXELS_AT_ONCE = 2**21
+# So many numbers are matched at a time, all changes, pictures and channels together.
+NUMBERS_AT_ONCE = 3 * 2**21
 # Shorter side of the coarsest picture of the pyramid.
 COARSEST = 8
 # Whole-pixel search around the coarser level's motion, and refinements after it.
@@ -47,11 +49,7 @@ def estimate_motion(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     height, width = a.shape[-2:]
     a, b = a.float(), b.float()
-    scale = 1
-    while height * width // scale**2 > WORKING_PIXELS:
-        scale *= 2
-    if scale > 1:
-        a, b = (F.avg_pool2d(p, scale, ceil_mode=True) for p in (a, b))
+    a, b = reduced(a), reduced(b)
     pyramid = [(a, b)]
     while min(pyramid[-1][0].shape[-2:]) >= 2 * COARSEST:
         a, b = (F.avg_pool2d(p, 2, ceil_mode=True) for p in (a, b))
@@ -65,6 +63,14 @@ def estimate_motion(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         flow = _median(flow)
     still, moved = (_box(_difference(small_a, end)) for end in (small_b, warp(small_b, flow, "bicubic")))
     return resized(flow * (moved < GAIN * still), (height, width))
+
+
+def reduced(picture: torch.Tensor) -> torch.Tensor:
+    """The same picture with no more than WORKING_PIXELS."""
+    scale = 1
+    while math.prod(picture.shape[-2:]) // scale**2 > WORKING_PIXELS:
+        scale *= 2
+    return F.avg_pool2d(picture, scale, ceil_mode=True) if scale > 1 else picture
 
 
 def resized(flow: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
@@ -101,7 +107,7 @@ def _matched(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor) -> torch.Tens
     # Dearer with distance, so that an empty block stays where it is.
     pull = STILLNESS * _contrast(a)
     costs = []
-    for some in shifts.split(max(1, PIXELS_AT_ONCE // flow[:, 0].numel())):
+    for some in shifts.split(max(1, NUMBERS_AT_ONCE // a.numel())):
         moved = (flow[:, None] + some.view(1, -1, 2, 1, 1)).flatten(0, 1)
         ends, begins, pulls = (part.repeat_interleave(len(some), 0) for part in (b, a, pull))
         cost = _box(_difference(begins, warp(ends, moved))) + pulls * (1 + _length(moved)).log()

@@ -8,11 +8,11 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..latents import pixels
-from ..latents.flow import RaftFlow
+from ..latents.flow import RaftFlow, memory_used
 from ..latents.interpolate import LINEAR, SMOOTH, Estimate
 from ..latents.motion import estimate_motion
 from ..latents.restore import note_for, restore_frames, restore_latents, restored
-from ..latents.stride import video_of
+from ..latents.stride import LARGEST_STRIDE, video_of
 
 MOTION, OPTICAL_FLOW = "motion", "optical_flow"
 METHODS = (LINEAR, SMOOTH, MOTION, OPTICAL_FLOW)
@@ -65,7 +65,7 @@ class LatentFlowInterpolate(io.ComfyNode):
                     "stride",
                     default=0,
                     min=0,
-                    max=8,
+                    max=LARGEST_STRIDE,
                     optional=True,
                     tooltip="0 = from the latent's note. Set it where another node has dropped the note.",
                     extra_dict={"advanced": True},
@@ -103,16 +103,16 @@ class LatentFlowInterpolate(io.ComfyNode):
         if vae is None:
             no_images = ExecutionBlocker("Latent Flow Interpolate: connect vae to get images.")
             if note is not None:
-                _load(optical_flow, method)
+                _load(optical_flow, method, video_of(latent).shape[-2:])
                 latent = restore_latents(latent, note, method, estimate, device, _progress())
             return io.NodeOutput(latent, no_images)
         frames = pixels.decode(vae, video_of(latent))
         restored_latent: Any = latent
         if note is not None:
-            _load(optical_flow, method)
+            _load(optical_flow, method, frames.shape[-3:-1])
             frames = restore_frames(frames, note, method, estimate, device, _progress())
             restored_latent = restored(latent, note, pixels.encode(vae, frames)) if encode else None
-        if not encode:
+        if note is not None and not encode:
             restored_latent = ExecutionBlocker("Latent Flow Interpolate: turn encode on to get a latent.")
         return io.NodeOutput(restored_latent, frames.flatten(0, 1))
 
@@ -136,9 +136,9 @@ def _estimator(method: str, optical_flow: Any) -> Estimate | None:
     return RaftFlow(optical_flow.model)
 
 
-def _load(optical_flow: Any, method: str) -> None:
+def _load(optical_flow: Any, method: str, size: tuple[int, int]) -> None:
     if method == OPTICAL_FLOW:
-        mm.load_models_gpu([optical_flow])
+        mm.load_models_gpu([optical_flow], memory_required=memory_used(*size))
 
 
 def _progress() -> Any:

@@ -52,8 +52,9 @@ class ThriftLoadOpticalFlow(io.ComfyNode):
 
 
 def _files() -> list[str]:
-    if FOLDER not in folder_paths.folder_names_and_paths:
-        folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
-        paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-        folder_paths.folder_names_and_paths[FOLDER] = (paths, folder_paths.supported_pt_extensions)
+    # Releases without core's loader do not know the folder, or only what extra_model_paths.yaml says of it.
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    known = folder_paths.supported_pt_extensions
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {*extensions, *known})
     return list(folder_paths.get_filename_list(FOLDER))

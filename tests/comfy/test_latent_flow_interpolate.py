@@ -9,6 +9,7 @@ import comfy.model_patcher
 import comfy.nested_tensor
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("comfy.sd", reason="this ComfyUI tree has no VAE", exc_type=ImportError)
 
@@ -116,6 +117,80 @@ def test_without_a_note_the_latent_is_handed_on(node, vae, caplog):
     assert out is latent and frames.shape[0] == 17 and "handed on as it is" in caplog.text
 
 
+def test_without_a_note_and_without_encode_the_latent_is_handed_on_too(node, vae):
+    latent = {"samples": torch.randn(1, 128, 3, 2, 2)}
+    out, frames = node.execute(latent, "motion", vae=vae, encode=False).args
+    assert out is latent and frames.shape[0] == 17
+
+
+def test_stride_1_by_hand_costs_no_encoding(node, vae, monkeypatch):
+    monkeypatch.setattr(vae, "encode", lambda *_: pytest.fail("encoded"))
+    latent = {"samples": torch.randn(1, 128, 3, 2, 2)}
+    out, frames = node.execute(latent, "motion", vae=vae, stride=1).args
+    assert out is latent and frames.shape[0] == 17
+
+
+def test_large_clips_are_decoded_in_tiles(node, strided, vae, pack, monkeypatch):
+    """What does not fit into memory at once: the same frames, tile by tile."""
+    whole = node.execute(strided, "linear", vae=vae).args[1]
+    tiles = []
+    stage = vae.first_stage_model.codec
+    decode = stage.decode
+    monkeypatch.setattr(stage, "decode", lambda latent: tiles.append(latent.shape) or decode(latent))
+    monkeypatch.setattr(pack("latents.pixels"), "TILE", 32)
+    monkeypatch.setattr(pack("latents.pixels"), "OVERLAP", 8)
+    monkeypatch.setattr(vae, "memory_used_decode", lambda *_: 2**60)
+    with torch.inference_mode():
+        tiled = node.execute(strided, "linear", vae=vae, encode=False).args[1]
+    assert len(tiles) > 4 and all(max(shape[-2:]) <= 8 for shape in tiles)
+    assert torch.allclose(tiled, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["linear", "motion"])
+def test_a_longer_clip_takes_no_more_memory_to_work_in(pack, method):
+    """Frames go to the device segment by segment: the largest tensor made there does not grow with the clip."""
+    interpolate, motion = pack("latents.interpolate"), pack("latents.motion")
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and func is not torch.ops.aten.movedim.int:
+                # Views of the whole clip are no memory.
+                is_view = any(isinstance(a, torch.Tensor) and a.data_ptr() == out.data_ptr() for a in args)
+                self.numbers = max(self.numbers, 0 if is_view else out.numel())
+            return out
+
+    def largest(frames):
+        clip = torch.rand(1, 3, frames, 180, 320)
+        times, wanted = interpolate.frame_times(frames, 2), interpolate.frame_times(2 * frames - 1)
+        with Largest() as seen:
+            for _ in interpolate.in_between(clip, times, wanted, method, motion.estimate_motion):
+                pass
+        return seen.numbers
+
+    assert largest(64) <= 1.01 * largest(32)
+
+
+@pytest.mark.parametrize("size", [(704, 1280), (1088, 1920), (64, 64), (22, 40)])
+def test_the_memory_that_raft_asks_for_covers_its_correlations(pack, size):
+    flow, motion = pack("latents.flow"), pack("latents.motion")
+    picture = motion.reduced(torch.empty(1, 1, *size, device="meta"))
+    assert picture[0, 0].numel() <= motion.WORKING_PIXELS
+    _, (height, width) = flow.working_size(*picture.shape[-2:])
+    assert 3 * 4 * (height // 8 * (width // 8)) ** 2 < flow.memory_used(*size) < 2 * 2**30
+
+
+def test_pictures_of_a_batch_do_not_see_each_other(pack):
+    """Latents are shown to RAFT by the components of each pair alone."""
+    flow = pack("latents.flow")
+    a, b = (torch.randn(3, 16, 6, 7, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    together, alone = flow.three_components(a, b), flow.three_components(a[1:2], b[1:2])
+    assert all(torch.allclose(x[1:2], y, atol=1e-5) for x, y in zip(together, alone, strict=True))
+    assert together[0].shape == (3, 3, 6, 7) and together[0].min() >= 0 and together[1].max() <= 1
+
+
 def test_batches_come_back_item_by_item(node, vae):
     latents = torch.cat([vae.encode(moving()), vae.encode(moving().flip(1))])
     both = node.execute({"samples": latents}, "motion", vae=vae, stride=2, length=57).args
@@ -148,6 +223,21 @@ def test_an_interrupt_stops_it(node, strided, vae):
     finally:
         comfy.model_management.interrupt_current_processing(False)
     assert node.execute(strided, "motion", vae=vae).args[1].shape[0] == 33
+
+
+def test_the_loader_knows_its_folder_beside_one_from_a_users_paths(pack, tmp_path, monkeypatch):
+    """As extra_model_paths.yaml names it on releases whose core does not."""
+    import folder_paths
+
+    loader = pack("nodes.load_optical_flow")
+    own, other = tmp_path / "models" / "optical_flow", tmp_path / "other"
+    for folder, name in ((own, "raft.pth"), (other, "mine.safetensors"), (other, "readme.txt")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {loader.FOLDER: ([str(other)], set())})
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    assert sorted(loader._files()) == ["mine.safetensors", "raft.pth"]
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
