@@ -85,6 +85,30 @@ def test_rival_lies_between_measured_step_counts(bench):
     assert rival.at(0.5)["psnr"] == 30 and rival.at(0.4) is None
 
 
+def test_rows_that_only_fill_in_otherwise_share_a_sampling(bench, monkeypatch):
+    rows, model, sampling = bench("rows"), bench("tiny_ltx.model"), bench("sampling")
+    pack_name = bench("runtime").PACK
+    patcher, ids = (
+        model.load_model(model.HERE / "student" / "weights.safetensors"),
+        torch.zeros(2, 4, dtype=int),
+    )
+    calls = []
+    original = sampling.sample_stage
+    monkeypatch.setattr(sampling, "sample_stage", lambda *args: calls.append(args) or original(*args))
+
+    def pixels(row, **kept):
+        return sampling.sample_clips(pack_name, patcher, model.STUDENT_RECIPE, row, ids, 5, 0, **kept)[0]
+
+    kept = {}
+    moved, mixed = (pixels(rows.strided(4, method), strided_stages=kept) for method in ("motion", "linear"))
+    assert len(calls) == 1 and not torch.equal(moved, mixed)
+    assert torch.equal(mixed, pixels(rows.strided(4, "linear")))
+    assert len(calls) == 2
+    for other in (rows.strided(2, "linear"), rows.strided(4, "linear", is_stretched=False)):
+        assert not torch.equal(pixels(other, strided_stages=kept), mixed)
+    assert len(calls) == 4
+
+
 @pytest.mark.slow
 def test_script_runs_keeps_its_rows_and_draws(pack, tmp_path):
     out = tmp_path / "quality.json"

@@ -285,7 +285,7 @@ def test_guides(scope, frozen, record):
     model = build_model()
     values = {"keyframe_idxs": torch.zeros(1, 3, 6, 2)}
     mask = torch.ones(1, 1, 9, 1, 1)
-    mask[:, :, -1] = -1
+    mask[:, :, -1] = 0.5
     given = {
         "positive": conditioning(**values),
         "negative": conditioning(seed=7, **values),

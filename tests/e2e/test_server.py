@@ -169,6 +169,102 @@ def test_unknown_model_runs_unharmed_and_the_log_says_why(server: Any, new_log: 
     assert "declined" in lines[0] and "UNKNOWN_MODEL" in lines[0]
 
 
+NODES = {
+    "KeyframeStride": (
+        ["MODEL", "LATENT", "FLOAT"],
+        ["model", "latent", "stride", "frame_rate", "vae"],
+        set(),
+    ),
+    "LatentFlowInterpolate": (
+        ["LATENT", "IMAGE"],
+        ["latent", "method", "vae", "optical_flow", "encode", "stride", "length"],
+        {"stride", "length"},
+    ),
+    "ScheduleSpatialFreeze": (
+        ["MODEL"],
+        [
+            *("model", "start_percent", "end_percent", "refresh_every", "scope"),
+            *("forecast", "blocks_kept", "cache_device", "cache_limit_gb", "cache_dtype"),
+        ],
+        {"forecast", "blocks_kept", "cache_device", "cache_limit_gb", "cache_dtype"},
+    ),
+    "ThriftLoadOpticalFlow": (["OPTICAL_FLOW"], ["model_name"], set()),
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_object_info_of_the_other_nodes(object_info: dict[str, Any], name: str) -> None:
+    outputs, names, advanced = NODES[name]
+    info = object_info[name]
+    assert info["category"] == "FrameThrift" and info["output"] == outputs and len(info["description"]) > 80
+    inputs = {**info["input"]["required"], **info["input"].get("optional", {})}
+    assert sorted(inputs) == sorted(names)
+    for key, (kind, options) in inputs.items():
+        assert len(options["tooltip"]) > 20, key
+        assert bool(options.get("advanced")) == (key in advanced), key
+        if kind in ("INT", "FLOAT"):
+            assert options["min"] <= options["default"] <= options["max"], key
+
+
+def with_stride(graphs: Any, stride: dict[str, Any], fill: dict[str, Any]) -> dict[str, Any]:
+    """The demo's graph with KeyframeStride before the sampler and LatentFlowInterpolate behind it."""
+    graph = graphs.build_graph(None, **SMALL)
+    sampler = graph[graphs.SAMPLER]["inputs"]
+    guider = graph[sampler["guider"][0]]["inputs"]
+    node = {"model": guider["model"], "latent": sampler["latent_image"], **stride}
+    graph["stride"] = {"class_type": "KeyframeStride", "inputs": node}
+    guider["model"], sampler["latent_image"] = ["stride", 0], ["stride", 1]
+    decode = next(key for key, node in graph.items() if node["class_type"] == "VAEDecode")
+    inputs = {"latent": [graphs.SAMPLER, 0], "vae": graph[decode]["inputs"]["vae"], **fill}
+    graph["fill"] = {"class_type": "LatentFlowInterpolate", "inputs": inputs}
+    graph[decode]["inputs"]["samples"] = ["fill", 0]
+    return graph
+
+
+def test_a_strided_clip_comes_back_at_its_length(server: Any, graphs: Any, new_log: Any) -> None:
+    progress = []
+    graph = with_stride(graphs, {"stride": 2, "frame_rate": 24.0}, {"method": "motion"})
+    result = server.queue(graph, lambda node, done, total: progress.append((node, done, total)))
+    with av.open(str(server.output_path(result, graphs.VIDEO))) as video:
+        assert sum(1 for _ in video.decode(video=0)) == SMALL["frames"]
+    assert ("fill", SMALL["frames"], SMALL["frames"]) in progress
+    lines = [line for line in new_log().splitlines() if "FrameThrift:" in line]
+    assert any("12 frames a second" in line for line in lines) and any("taken" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("stride", "fill", "node", "name"),
+    [
+        ({"stride": 9}, {"method": "motion"}, "stride", "stride"),
+        ({"stride": 2, "frame_rate": -1.0}, {"method": "motion"}, "stride", "frame_rate"),
+        ({"stride": 2}, {"method": "slerp"}, "fill", "method"),
+        ({"stride": 2}, {"method": "motion", "stride": 9}, "fill", "stride"),
+    ],
+)
+def test_what_a_stride_cannot_be_is_rejected_by_name(
+    server: Any, driver: Any, graphs: Any, stride: Any, fill: Any, node: str, name: str
+) -> None:
+    with pytest.raises(driver.PromptRejected) as caught:
+        server.queue(with_stride(graphs, stride, fill))
+    errors = caught.value.node_errors[node]["errors"]
+    assert [error["extra_info"]["input_name"] for error in errors] == [name]
+
+
+@pytest.mark.parametrize(
+    ("fill", "words"),
+    [
+        ({"method": "optical_flow"}, "Load Optical Flow Model"),
+        ({"method": "motion", "encode": False}, "turn encode on"),
+        ({"method": "motion", "length": 97}, "set length between"),
+    ],
+)
+def test_what_is_missing_reaches_the_user_in_words(
+    server: Any, driver: Any, graphs: Any, fill: Any, words: str
+) -> None:
+    with pytest.raises(driver.ExecutionFailed, match=words):
+        server.queue(with_stride(graphs, {"stride": 2}, fill))
+
+
 def test_pack_that_does_not_import_is_said_plainly_and_leaves_no_server(
     driver: Any, server: Any, tmp_path: Path
 ) -> None:
