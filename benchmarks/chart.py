@@ -20,19 +20,29 @@ MARKS = {
     "freeze: other": ("x", "plum"),
     "freeze + window": ("X", "tab:olive"),
     "stride": ("^", "tab:red"),
+    "stride: on latents, or times not stretched": ("1", "tab:gray"),
     "stride + full length": ("v", "tab:brown"),
 }
 
 
 def mark_of(row: dict[str, Any]) -> str:
     """What the picture tells apart."""
-    kind = row["definition"]["kind"]
-    if kind != "freeze":
-        return str(kind)
-    return f"freeze: {'whole blocks, linear' if row['row'].startswith('whole blocks, linear') else 'other'}"
+    kind: str = row["definition"]["kind"]
+    striding = row["definition"].get("striding")
+    if kind == "freeze":
+        is_best = row["row"].startswith("whole blocks, linear")
+        return "freeze: whole blocks, linear" if is_best else "freeze: other"
+    if striding and not (striding["has_vae"] and striding["is_stretched"]):
+        return "stride: on latents, or times not stretched"
+    return kind
 
 
-FIGURES = (("psnr", "PSNR to dense, dB"), ("frechet", "Fréchet distance"), ("drift", "drift"))
+FIGURES = (
+    ("psnr", "PSNR to dense, dB"),
+    ("frechet", "Fréchet distance"),
+    ("frechet_all", "Fréchet distance, all frames"),
+    ("drift", "drift"),
+)
 
 
 def draw_chart(report: dict[str, Any], path: Path) -> None:
@@ -49,8 +59,10 @@ def draw_chart(report: dict[str, Any], path: Path) -> None:
     handles = {
         label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="upper center", ncols=len(handles), fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.legend(
+        handles.values(), handles.keys(), loc="upper center", ncols=(len(handles) + 1) // 2, fontsize=8
+    )
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -72,8 +84,10 @@ def draw_panel(axis: Any, rows: list[dict[str, Any]], frames: int, name: str, la
         if line:
             axis.plot(*zip(*line, strict=True), style, color="black", lw=1, label=f"fewer steps, {merged}")
     for kind, (mark, colour) in MARKS.items():
-        if name == "psnr" and kind.startswith("stride"):
-            # Another clip than dense, by design.
+        if name in ("psnr", "frechet", "frechet_all") and kind.startswith("stride") != (
+            name == "frechet_all"
+        ):
+            # A strided clip is another one than dense, by design, and all of its frames have to be judged.
             continue
         points = [row for row in rows if mark_of(row) == kind and name in row["figures"]]
         if points:
@@ -90,7 +104,7 @@ def draw_panel(axis: Any, rows: list[dict[str, Any]], frames: int, name: str, la
     for row in rows:
         if row["row"] == "dense":
             axis.axhline(row["figures"].get(name, float("nan")), color="tab:green", lw=1, label="dense")
-    if name == "frechet":
+    if name.startswith("frechet"):
         # What lies above is no longer a clip of that kind; the rest is where the choice is.
         dense = next((row["figures"][name] for row in rows if row["row"] == "dense"), None)
         axis.set_ylim(0, None if dense is None else 4 * dense)

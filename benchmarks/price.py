@@ -20,10 +20,10 @@ ACTING = {"start_percent": 0.0, "end_percent": 1.0, "refresh_every": 2, "forecas
 Nodes = Sequence[tuple[str, dict[str, Any]]]
 
 
-def flops_of_split(q: Any, k: Any, v: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
-    """Both products of attention with LSE."""
-    batch, heads, rows, width = q.shape
-    return 4 * batch * heads * rows * k.shape[2] * width
+def flops_of_split(q: torch.Size, k: torch.Size, *_: Any, **__: Any) -> int:
+    """Both products of attention with LSE, from the shapes of its inputs."""
+    batch, heads, rows, width = q
+    return 4 * batch * heads * rows * k[2] * width
 
 
 def count(model: Any, clip: ltx2.Clip, pack: str) -> tuple[float, float]:

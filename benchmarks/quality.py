@@ -15,6 +15,7 @@ import hashlib
 import json
 import statistics
 import time
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from comfyui_version import __version__ as comfyui_version
 from price import PriceList
 from report import freeze_tables, short_tables, stride_tables, tables
 from rows import DENSE, PESSIMIST, ROWS, STUDENT, TEACHER, Row
-from sampling import FPS, decode, sample_clips
+from sampling import FPS, Stage, decode, sample_clips
 
 from tiny_ltx.captions import SPEEDS
 from tiny_ltx.clips import draw_clips, draw_ids
@@ -49,6 +50,9 @@ SEEDS = (0, 1, 2)
 # The sizes at which a row's FLOPs are counted.
 PRICED = (ltx2.CLIPS[0], ltx2.CLIPS[1], ltx2.CLIPS[3])
 REAL_DRAWS = 4
+# At 24 frames a second the probe looks at every sixth frame. Begun at each of six frames it sees them all, those in
+# between too; how many of these views a figure rests on:
+VIEWS = {"frechet": 1, "frechet_all": 6}
 # Clips of one speed that its Frechet distance has to rest on, about.
 FEWEST = 80
 
@@ -65,12 +69,13 @@ class Judge:
         self._real: dict[tuple[int, int], dict[str, Any]] = {}
 
     def read(self, pixels: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
-        """Figures and features of clips of captions ids [B, 4]."""
+        """Figures of clips of captions ids [B, 4], and their features [views, B, 128]."""
         pixels = pixels.to(self.device)
-        words, features = read_clips(self.probe, pixels, pixels.new_full((pixels.shape[0],), FPS))
-        right = words.cpu() == ids
+        fps = pixels.new_full((pixels.shape[0],), FPS)
+        views = [read_clips(self.probe, pixels[:, first:], fps) for first in range(max(VIEWS.values()))]
+        right = views[0][0].cpu() == ids
         return {
-            "features": features.cpu(),
+            "features": torch.stack([features for _, features in views]).cpu(),
             "drift": metrics.drift(pixels).mean().item(),
             "acceleration": metrics.acceleration(pixels).mean().item(),
             "caption": right[:, :3].all(dim=1).float().mean().item(),
@@ -95,7 +100,7 @@ class Judge:
                 name: statistics.mean(read[name] for read in reads)
                 for name in ("drift", "acceleration", "caption", "speed")
             }
-            reference = torch.cat([read["features"] for read in reads[:REAL_DRAWS]])
+            reference = torch.cat([read["features"] for read in reads[:REAL_DRAWS]], dim=1)
             self._real[key] = {**figures, "reference": reference, "features": reads[-1]["features"]}
         return self._real[key]
 
@@ -105,7 +110,7 @@ class Judge:
             {
                 **{name: real[name] for name in ("drift", "caption", "speed")},
                 "acceleration": real["acceleration"] / reals[0]["acceleration"],
-                "frechet": frechet_distance(real["features"], real["reference"]),
+                **distances(real["features"], real["reference"]),
             }
             for real in reals
         ]
@@ -121,7 +126,7 @@ class Judge:
             features.append(read.pop("features"))
             references.append(real["reference"])
             read["acceleration"] /= real["acceleration"]
-            read["frechet"] = frechet_distance(features[-1], references[-1])
+            read |= distances(features[-1], references[-1])
             if dense is not None:
                 read["psnr"] = metrics.psnr(clips[i], dense[i]).mean().item()
             figures.append(read)
@@ -133,24 +138,42 @@ class Judge:
     def _of_speed(
         self, speed: int, features: list[torch.Tensor], references: list[torch.Tensor]
     ) -> dict[str, float]:
-        """Frechet distance of the clips prompted at one speed to real ones of that speed."""
+        """Frechet distances of the clips prompted at one speed to real ones of that speed."""
         is_chosen = [self.ids[seed][:, 3] == speed for seed in SEEDS]
-        chosen = torch.cat([found[is_one] for found, is_one in zip(features, is_chosen, strict=True)])
-        real = torch.cat(
-            [found[is_one.repeat(REAL_DRAWS)] for found, is_one in zip(references, is_chosen, strict=True)]
-        )
-        return {"clips": len(chosen), "frechet": frechet_distance(chosen, real)}
+        chosen = [found[:, is_one] for found, is_one in zip(features, is_chosen, strict=True)]
+        real = [
+            found[:, is_one.repeat(REAL_DRAWS)] for found, is_one in zip(references, is_chosen, strict=True)
+        ]
+        return {
+            "clips": sum(int(is_one.sum()) for is_one in is_chosen),
+            **distances(torch.cat(chosen, 1), torch.cat(real, 1)),
+        }
+
+
+def distances(features: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """Frechet distances of features [views, B, 128] to real ones, by the name of the figure."""
+    return {
+        name: frechet_distance(features[:views].flatten(0, 1), reference[:views].flatten(0, 1))
+        for name, views in VIEWS.items()
+    }
 
 
 def pooled(
     figures: list[dict[str, float]], features: list[torch.Tensor], references: list[torch.Tensor]
 ) -> dict[str, Any]:
-    """Means over seeds and their standard deviation; the Frechet distance is that of all clips together."""
+    """Means over seeds and their standard deviation; the Frechet distances are those of all clips together."""
     names = figures[0].keys()
     means = {name: statistics.mean(f[name] for f in figures) for name in names}
-    means["frechet"] = frechet_distance(torch.cat(features), torch.cat(references))
+    means |= distances(torch.cat(features, 1), torch.cat(references, 1))
     spread = {name: statistics.stdev(f[name] for f in figures) for name in names}
     return {"figures": means, "spread": spread, "seeds": figures}
+
+
+def is_complete(entry: dict[str, Any]) -> bool:
+    """Whether it has every figure: frames in between have to be judged where strided rows are, or are held against."""
+    kind = entry["definition"]["kind"]
+    needs_all = kind in ("dense", "fewer steps", "schedule") or kind.startswith("stride")
+    return "frechet_all" in entry["figures"] or not needs_all
 
 
 def digest(path: Path) -> str:
@@ -160,6 +183,8 @@ def digest(path: Path) -> str:
 def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
     """Samples what is asked for and not there yet; saves after every row."""
     begin = time.monotonic()
+    # Many threads get in each other's way at the small matrices of Frechet distances.
+    torch.set_num_threads(min(4, torch.get_num_threads()))
     device = mm.get_torch_device()
     per_seed = max(2, options.clips // len(SEEDS))
     judge = Judge(per_seed, device)
@@ -168,6 +193,7 @@ def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
         weights, recipe = MODELS[name]
         model, weights_digest = load_model(weights), digest(weights)
         dense: dict[int, list[torch.Tensor]] = {}
+        stages: dict[Hashable, Stage] = {}
         for row in ROWS:
             if name not in row.models or (options.only and row.name not in options.only):
                 continue
@@ -180,16 +206,17 @@ def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
                     "weights": weights_digest,
                     "clips": per_seed * len(SEEDS),
                 }
-                if any(all(old.get(k) == v for k, v in entry.items()) for old in report["rows"]):
+                same = (old for old in report["rows"] if all(old.get(k) == v for k, v in entry.items()))
+                if any(map(is_complete, same)):
                     continue
                 if time.monotonic() - begin > options.seconds:
                     continue
                 started = time.monotonic()
-                clips, runs = sample(model, recipe, row, judge, frames)
+                clips, runs = sample(model, recipe, row, judge, frames, stages)
                 if row == DENSE:
                     dense[frames] = clips
                 elif frames not in dense:
-                    dense[frames] = sample(model, recipe, DENSE, judge, frames)[0]
+                    dense[frames] = sample(model, recipe, DENSE, judge, frames, stages)[0]
                 entry |= judge.measure(clips, None if row == DENSE else dense[frames], frames)
                 entry |= {
                     "runs": runs,
@@ -212,10 +239,10 @@ def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
 
 
 def sample(
-    model: Any, recipe: Any, row: Row, judge: Judge, frames: int
+    model: Any, recipe: Any, row: Row, judge: Judge, frames: int, stages: dict[Hashable, Stage]
 ) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
     """Pixels and executed steps of every seed."""
-    out = [sample_clips(PACK, model, recipe, row, judge.ids[seed], frames, seed) for seed in SEEDS]
+    out = [sample_clips(PACK, model, recipe, row, judge.ids[seed], frames, seed, stages) for seed in SEEDS]
     return [pixels for pixels, _ in out], [run for _, run in out]
 
 
@@ -289,7 +316,9 @@ def price_stage(prices: PriceList, clip: ltx2.Clip, nodes: list[Any], run: dict[
 
 def missing(report: dict[str, Any]) -> list[str]:
     """Rows that are defined and not measured yet."""
-    present = {(entry["model"], entry["row"], entry["frames"]) for entry in report["rows"]}
+    present = {
+        (entry["model"], entry["row"], entry["frames"]) for entry in report["rows"] if is_complete(entry)
+    }
     wanted = [(model, row.name, frames) for row in ROWS for model in row.models for frames in LENGTHS]
     return [
         f"{model}, {row}, {frames} frames"

@@ -3,65 +3,75 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-# What the README shows, at the LTX-2 size whose FLOPs stand for the tiny clip's length.
-SHORT = (
-    "±1, 0 sink",
-    "±1, 1 sink",
+# What the README shows of each model, at the LTX-2 size whose FLOPs stand for the tiny clip's length.
+TEACHER, STUDENT, PESSIMIST = "teacher", "student", "pessimist"
+WINDOWS = (
     "±2, 1 sink",
     "±4, 1 sink",
-    "±4, 1 sink, from 0.25",
     "±4, 1 sink, dense edge",
-    "±4, 1 sink, from 0.25, dense edge",
+    "±4, 1 sink, from 0.25",
     "±4, 1 sink, from 0.5",
 )
-SHORT_STRIDES = (
-    "stride 2, motion",
-    "stride 2, linear",
-    "stride 3, motion",
-    "stride 4, motion",
-    "stride 4, linear",
-    "stride 2, smooth",
-    "stride 2, motion, 12 steps",
-    "stride 2, motion, 8 steps",
-    "stride 3, motion, 12 steps",
-    "stride 4, motion, 12 steps",
-    "stride 2, motion, full length from σ 0.9",
-    "stride 2, motion, full length from σ 0.75",
-    "stride 2, motion, full length from σ 0.5",
-    "stride 2, motion, refined from σ 0.9",
-    "stride 2, motion, refined from σ 0.7",
-    "stride 2, motion, refined from σ 0.5",
-    "stride 2, linear on latents",
-    "stride 2, motion, times not stretched",
-    "stride 2, linear on latents, times not stretched",
-    "LTXVScheduler for 16×880",
-    "stride 2, motion, LTXVScheduler for 16×880",
-    "stride 2, motion, LTXVScheduler for 9×880",
-)
-SHORT_FREEZE = (
-    "whole blocks, linear, from 0.2, every 2.",
-    "whole blocks, linear, from 0.2, every 3.",
-    "whole blocks, linear, from 0.2, every 3., kept as fp8_e4m3fn",
-    "whole blocks, linear, from 0.4, every 2.",
-    "whole blocks, linear, from 0.4, every 3.",
-    "whole blocks, linear, from 0.4, every 3., kept as fp8_e4m3fn",
-    "whole blocks, linear, from 0.6, every 3.",
-    "whole blocks, linear, from 0.1 to 0.75, every 2.",
-    "whole blocks, linear, from 0.4, never refreshed",
-    "whole blocks, hold, from 0.2, every 2.",
-    "whole blocks, hold, from 0.4, every 3.",
-    "per-frame work, linear, from 0.2, every 2.",
-    "per-frame work, linear, from 0.4, every 3.",
-    "per-frame work, hold, from 0.4, every 3.",
-    "spatial attention, hold, from 0.4, every 3.",
-    "whole blocks, linear, from 0.4, every 2. + ±4, 1 sink, from 0.5",
-    "whole blocks, linear, from 0, every 2.",
-    "EasyCache 0.012",
-    "EasyCache 0.024",
-    "EasyCache 0.05",
-)
+SHORT = {TEACHER: WINDOWS, STUDENT: WINDOWS}
+SHORT_STRIDES = {
+    TEACHER: (
+        "stride 2, motion",
+        "stride 2, linear",
+        "stride 2, optical_flow",
+        "stride 3, motion",
+        "stride 4, motion",
+        "stride 4, linear",
+        "stride 4, optical_flow",
+        "stride 2, motion, 12 steps",
+        "stride 2, motion, 16 steps, full length from σ 0.75",
+        "stride 2, motion, full length from σ 0.75",
+        "stride 2, motion, refined from σ 0.7",
+        "stride 3, motion, 12 steps, full length from σ 0.75",
+        "stride 4, motion, 8 steps, full length from σ 0.75",
+        "stride 2, motion on latents",
+        "stride 2, motion, times not stretched",
+    ),
+    STUDENT: (
+        "stride 2, motion",
+        "stride 3, motion",
+        "stride 4, motion",
+        "stride 2, motion, full length from σ 0.75",
+        "stride 2, motion, refined from σ 0.7",
+    ),
+    PESSIMIST: (
+        "stride 2, motion",
+        "stride 4, motion",
+        "stride 2, motion, full length from σ 0.9",
+        "stride 2, motion, full length from σ 0.75",
+    ),
+}
+SHORT_FREEZE = {
+    TEACHER: (
+        "whole blocks, linear, from 0.2, every 2.",
+        "whole blocks, linear, from 0.2, every 3.",
+        "whole blocks, linear, from 0.4, every 2.",
+        "whole blocks, linear, from 0.4, every 3.",
+        "whole blocks, linear, from 0.4, every 3., kept as fp8_e4m3fn",
+        "whole blocks, linear, from 0.6, every 3.",
+        "whole blocks, linear, from 0.4, never refreshed",
+        "whole blocks, hold, from 0.4, every 3.",
+        "per-frame work, linear, from 0.4, every 3.",
+        "spatial attention, hold, from 0.4, every 3.",
+        "whole blocks, linear, from 0.4, every 2. + ±4, 1 sink, from 0.5",
+        "EasyCache 0.024",
+        "EasyCache 0.05",
+    ),
+    STUDENT: (
+        "whole blocks, linear, from 0, every 2.",
+        "whole blocks, linear, from 0.2, every 2.",
+        "whole blocks, hold, from 0.2, every 2.",
+        "per-frame work, linear, from 0.2, every 2.",
+        "EasyCache 0.05",
+    ),
+}
 PRICED_AS = {13: "121 f 1280×704", 25: "481 f 1280×704"}
 SIZES = {"97 f 896×512": "13×448", "121 f 1280×704": "16×880", "481 f 1280×704": "61×880"}
 
@@ -89,11 +99,21 @@ class Rival:
         found = [figures for line in lines if line and (figures := between(line, cost)) is not None]
         return max(found, key=lambda figures: figures[by] * (1 if by == "psnr" else -1), default=None)
 
+    def of(self, row: dict[str, Any], cost: float) -> dict[str, float]:
+        """Figures beside those of a row of this cost.
+
+        Other lengths and schedules make another clip than dense, so that PSNR cannot choose.
+        """
+        definition = row["definition"]
+        is_other = definition.get("striding") or definition["kind"] == "schedule"
+        return self.at(cost, "frechet_all" if is_other else "psnr") or {}
+
 
 def figures_of(row: dict[str, Any]) -> dict[str, float]:
-    """The row's figures, with the Frechet distance of the clips prompted to be fast, where it was taken."""
-    fast = row.get("by_speed", {}).get("fast")
-    return {**row["figures"], "fast": fast["frechet"]} if fast else dict(row["figures"])
+    """The row's figures, with the Frechet distances of all frames of slow and of fast clips, where they were taken."""
+    by_speed = row.get("by_speed", {})
+    found = {word: by_speed.get(word, {}).get("frechet_all") for word in ("slow", "fast")}
+    return {**row["figures"], **{word: value for word, value in found.items() if value is not None}}
 
 
 def share(row: dict[str, Any]) -> float:
@@ -139,9 +159,10 @@ def tables(report: dict[str, Any]) -> str:
             f"Real clips: Fréchet {real['frechet']:.2f}, drift {real['drift']:.4f}, caption {real['caption']:.3f}, "
             f"speed {real['speed']:.3f}.",
             "",
-            f"| setting | FLOPs % at {' / '.join(SIZES.values())} | PSNR dB | Fréchet | drift | acceleration | caption "
-            "| speed | fewer steps at these FLOPs: PSNR | Fréchet | drift |",
-            "|---" * 11 + "|",
+            f"| setting | FLOPs % at {' / '.join(SIZES.values())} | PSNR dB | Fréchet | of all frames | of slow clips "
+            "| of fast clips | drift | acceleration | caption | speed | fewer steps at these FLOPs: PSNR | Fréchet "
+            "| of all frames | of slow clips | of fast clips | drift |",
+            "|---" * 17 + "|",
         ]
         rival = Rival(rows)
         out += [line(row, rival) for row in sorted(rows, key=order)]
@@ -152,7 +173,7 @@ def tables(report: dict[str, Any]) -> str:
 def short_tables(report: dict[str, Any]) -> str:
     """For the README: a few windows."""
     columns = (("psnr", "PSNR dB", 1), ("drift", "drift", 4), ("frechet", "Fréchet", 1))
-    return chosen_tables(report, "window", SHORT, columns, "psnr")
+    return chosen_tables(report, "window", SHORT, columns)
 
 
 def freeze_tables(report: dict[str, Any]) -> str:
@@ -163,32 +184,33 @@ def freeze_tables(report: dict[str, Any]) -> str:
         ("drift", "drift", 4),
         ("acceleration", "acceleration", 2),
     )
-    return chosen_tables(report, "freeze", SHORT_FREEZE, columns, "psnr")
+    return chosen_tables(report, "freeze", SHORT_FREEZE, columns)
 
 
 def stride_tables(report: dict[str, Any]) -> str:
     """For the README: strides. They make another clip than dense, so that PSNR says nothing."""
     columns = (
-        ("frechet", "Fréchet", 1),
+        ("frechet_all", "Fréchet", 1),
+        ("slow", "of slow clips", 1),
         ("fast", "of fast clips", 1),
         ("drift", "drift", 4),
         ("acceleration", "acceleration", 2),
     )
-    return chosen_tables(report, "stride and in-betweening", SHORT_STRIDES, columns, "frechet")
+    return chosen_tables(report, "stride and in-betweening", SHORT_STRIDES, columns)
 
 
 def chosen_tables(
     report: dict[str, Any],
     title: str,
-    names: tuple[str, ...],
+    names: Mapping[str, Iterable[str]],
     columns: tuple[tuple[str, str, int], ...],
-    by: str,
 ) -> str:
-    """These rows of each model and length, every figure with that of fewer steps at the same FLOPs in brackets."""
+    """These rows of each model at each length, every figure with that of fewer steps at the same FLOPs in brackets."""
     out = []
+    distance = next(name for name, *_ in columns if name.startswith("frechet"))
     for model, frames, rows in groups(report):
         by_name = {row["row"]: row for row in rows}
-        shown = [by_name[name] for name in names if name in by_name]
+        shown = [by_name[name] for name in names.get(model, ()) if name in by_name]
         if not shown or "dense" not in by_name:
             continue
         size, rival = PRICED_AS[frames], Rival(rows)
@@ -198,15 +220,14 @@ def chosen_tables(
         )
         out += [
             f"{model.capitalize()}, {frames} latent frames, FLOPs at {SIZES[size]}; dense: {of_dense}; real clips: "
-            f"Fréchet {real['frechet']:.1f}, drift {real['drift']:.4f}",
+            f"Fréchet {real[distance]:.1f}, drift {real['drift']:.4f}",
             "",
             f"| {title} | FLOPs | " + " | ".join(f"{label} (fewer steps)" for _, label, _ in columns) + " |",
             "|---" * (2 + len(columns)) + "|",
         ]
         for row in shown:
             cost, own = row["cost"][size], figures_of(row)
-            # Speeds apart were not taken of all schedules.
-            other = {**(rival.at(cost, "fast") or {}), **(rival.at(cost, by) or {})}
+            other = rival.of(row, cost)
             cells = [row["row"], f"{cost:.0%}"]
             for name, _, digits in columns:
                 beside = f"{other[name]:.{digits}f}" if name in other else "–"
@@ -234,22 +255,24 @@ def order(row: dict[str, Any]) -> int:
 
 
 def line(row: dict[str, Any], rival: Rival) -> str:
-    f, s = row["figures"], row["spread"]
+    f, s = figures_of(row), row["spread"]
 
     def cell(name: str, digits: int) -> str:
-        return f"{f[name]:.{digits}f} ± {s[name]:.{digits}f}" if name in f else "–"
+        spread = f" ± {s[name]:.{digits}f}" if name in s else ""
+        return f"{f[name]:.{digits}f}{spread}" if name in f else "–"
 
     costs = list(row["cost"].values())
-    others = [rival.at(cost) for cost in costs]
+    others = [rival.of(row, cost) for cost in costs]
     is_own_rival = row["definition"]["kind"] in ("dense", "fewer steps")
     cells = [row["row"], percents(costs)]
-    cells += [cell("psnr", 1), cell("frechet", 2), cell("drift", 4), cell("acceleration", 2)]
-    cells += [cell("caption", 3), cell("speed", 3)]
-    for name, digits in (("psnr", 1), ("frechet", 2), ("drift", 4)):
+    cells += [cell("psnr", 1), cell("frechet", 2), cell("frechet_all", 2), cell("slow", 1), cell("fast", 1)]
+    cells += [cell("drift", 4), cell("acceleration", 2), cell("caption", 3), cell("speed", 3)]
+    rivals = (("psnr", 1), ("frechet", 2), ("frechet_all", 2), ("slow", 1), ("fast", 1), ("drift", 4))
+    for name, digits in rivals:
         if is_own_rival:
             cells.append("")
         else:
-            shown = [f"{other[name]:.{digits}f}" if other else "–" for other in others]
+            shown = [f"{other[name]:.{digits}f}" if name in other else "–" for other in others]
             cells.append(shown[0] if len(set(shown)) == 1 else " / ".join(shown))
     return "| " + " | ".join(cells) + " |"
 

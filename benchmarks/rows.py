@@ -205,6 +205,8 @@ def cached(model: str, threshold: float, then: Row | None = None) -> Row:
     return Row(name, kind, nodes, models=(model,))
 
 
+METHODS = ("motion", "linear", "smooth", "optical_flow")
+STRIDES = (2, 3, 4)
 NEVER = 16
 FP8 = "fp8_e4m3fn"
 WORK, BLOCKS, ATTENTION = "per-frame work", "whole blocks", "spatial attention"
@@ -232,7 +234,13 @@ ROWS: tuple[Row, ...] = (
     *(window(size, 1, start=0.5) for size in (1, 2, 4)),
     cached(TEACHER, 0.024, window(4, 1, start=0.5)),
     cached(STUDENT, 0.05, window(4, 1, start=0.5)),
-    *(strided(stride) for stride in (2, 3, 4)),
+    *(
+        strided(stride, method, has_vae=has_vae, is_stretched=is_stretched)
+        for method in METHODS
+        for is_stretched in (True, False)
+        for has_vae in (True, False)
+        for stride in STRIDES
+    ),
     *(
         frozen(scope, forecast, start, every)
         for every in (2, 3, NEVER)
@@ -258,31 +266,27 @@ ROWS: tuple[Row, ...] = (
     ),
     frozen(WORK, "linear", 0.4, 3, precision=FP8),
     *(frozen(scope, "linear", 0.4, 2, then=window(4, 1, start=0.5)) for scope in (WORK, BLOCKS)),
-    *(strided(stride, "linear") for stride in (2, 3, 4)),
-    *fewer(PESSIMIST, (12, 8, 6), UNIFORM),
+    *fewer(PESSIMIST, (12, 8, 6, 5, 4, 3), UNIFORM),
     *fewer(TEACHER, (5, 4, 3), UNIFORM),
-    *(strided(2, until=sigma, models=BOTH) for sigma in (0.9, 0.75, 0.5)),
+    *fewer(STUDENT, (2, 1), UNIFORM),
+    *(strided(2, until=sigma) for sigma in (0.9, 0.75, 0.5)),
     strided(2, until=0.3, models=(TEACHER,)),
     Row("LTXVScheduler for 16×880", "schedule", sigmas=scheduled_for(16 * 880), models=(TEACHER,)),
     strided(2, models=(TEACHER,), tokens=16 * 880),
     strided(2, models=(TEACHER,), tokens=9 * 880),
-    *(strided(2, again_from=sigma, models=BOTH) for sigma in (0.9, 0.7, 0.5)),
-    *(strided(stride, "linear", has_vae=False, is_stretched=False) for stride in (2, 3, 4)),
-    *(strided(stride, "linear", has_vae=False) for stride in (2, 3, 4)),
-    *(strided(stride, is_stretched=False) for stride in (2, 3, 4)),
-    *(strided(stride, steps=steps, models=(TEACHER,)) for stride in (2, 3, 4) for steps in (16, 12, 8)),
+    *(strided(2, models=(TEACHER,), tokens=16 * 880, until=sigma) for sigma in (0.9, 0.75, 0.5)),
+    strided(2, models=(TEACHER,), tokens=16 * 880, again_from=0.7),
+    *(strided(2, again_from=sigma) for sigma in (0.9, 0.7, 0.5)),
+    *(strided(stride, steps=steps, models=(TEACHER,)) for stride in STRIDES for steps in (16, 12, 8)),
     *(strided(stride, until=0.9, models=BOTH) for stride in (3, 4)),
     strided(2, until=0.75, nodes=LONG_CLIP_WINDOW, models=BOTH),
-    strided(2, again_from=0.7, nodes=LONG_CLIP_WINDOW, models=BOTH),
-    *(strided(stride, "smooth", models=BOTH) for stride in (2, 3, 4)),
+    *(strided(2, again_from=sigma, nodes=LONG_CLIP_WINDOW, models=BOTH) for sigma in (0.9, 0.7, 0.5)),
     *(
-        strided(stride, method, has_vae=False, models=BOTH)
-        for stride in (2, 4)
-        for method in ("smooth", "motion")
+        strided(stride, steps=steps, until=sigma, models=(TEACHER,))
+        for stride, counts in ((2, (20, 16)), (3, (16, 12)), (4, (12, 8)))
+        for steps in counts
+        for sigma in (0.75, 0.5, 0.3)
     ),
-    *(strided(stride, "linear", is_stretched=False, models=BOTH) for stride in (2, 3, 4)),
-    *(strided(stride, "optical_flow", models=BOTH) for stride in (2, 3, 4)),
-    strided(2, "optical_flow", has_vae=False, models=(TEACHER,)),
     *(
         frozen(ATTENTION, forecast, start, every)
         for every in (2, 3, NEVER)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import comfy.model_management as mm
@@ -20,6 +20,9 @@ from tiny_ltx.vae import CodecVAE
 CORE_NODES = {"EasyCache": ("comfy_extras.nodes_easycache", "EasyCacheNode")}
 FPS = 24.0
 GRID = (8, 8)
+
+# The two latents of a sampler node (output, denoised_output), and what was executed and covered.
+Stage = tuple[torch.Tensor, torch.Tensor, dict[str, Any]]
 
 
 def patch(pack: str, model: Any, nodes: Iterable[tuple[str, dict[str, Any]]]) -> Any:
@@ -96,8 +99,8 @@ def sample_stage(
     noise: torch.Tensor,
     start: torch.Tensor,
     seed: int,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """One sampler node: its two latents (output, denoised_output), and what was executed and covered."""
+) -> Stage:
+    """One sampler node."""
     positive, negative = conditioning(ids)
     patched = patch(pack, model, nodes)
     clean: list[torch.Tensor] = [start]
@@ -125,13 +128,24 @@ def sample_stage(
 
 
 def sample_clips(
-    pack: str, model: Any, recipe: Recipe, row: Row, ids: torch.Tensor, latent_frames: int, seed: int
+    pack: str,
+    model: Any,
+    recipe: Recipe,
+    row: Row,
+    ids: torch.Tensor,
+    latent_frames: int,
+    seed: int,
+    strided_stages: dict[Hashable, Stage] | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Pixels [B, F, 32, 32] of captions ids [B, 4], and what of the schedule was executed and covered."""
+    """Pixels [B, F, 32, 32] of captions ids [B, 4], and what of the schedule was executed and covered.
+
+    strided_stages: what strided samplers of this model gave before, for rows that only fill in otherwise.
+    """
     noise = draw_noise(ids.shape[0], latent_frames, seed)
     sigmas = row.schedule(recipe.sigmas, SHIFT)
     if row.striding is not None:
-        return sample_strided(pack, model, recipe, row, row.striding, ids, noise, sigmas, seed)
+        stages = {} if strided_stages is None else strided_stages
+        return sample_strided(pack, model, recipe, row, row.striding, ids, noise, sigmas, seed, stages)
     latents, _, run = sample_stage(
         pack, model, recipe, row.nodes, ids, sigmas, noise, torch.zeros_like(noise), seed
     )
@@ -149,6 +163,7 @@ def sample_strided(
     noise: torch.Tensor,
     sigmas: tuple[float, ...],
     seed: int,
+    strided_stages: dict[Hashable, Stage],
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """KeyframeStride, a sampler, LatentFlowInterpolate, and a second sampler at full length if there is one."""
     stretched, latent, _ = (
@@ -160,17 +175,14 @@ def sample_strided(
         stretched = model
     short = latent["samples"].shape[2]
     ends = nearest_step(sigmas, striding.until) if striding.until is not None else len(sigmas) - 1
-    latents, denoised, run = sample_stage(
-        pack,
-        stretched,
-        recipe,
-        row.nodes,
-        ids,
-        sigmas[: ends + 1],
-        noise[:, :, :short],
-        latent["samples"],
-        seed,
-    )
+    first = sigmas[: ends + 1]
+    key = (str(row.nodes), first, striding.stride, striding.is_stretched, noise.shape, seed)
+    if key not in strided_stages:
+        strided_stages[key] = sample_stage(
+            pack, stretched, recipe, row.nodes, ids, first, noise[:, :, :short], latent["samples"], seed
+        )
+    latents, denoised, executed = strided_stages[key]
+    run = dict(executed)
     with torch.inference_mode():
         filled, images = (
             node_class(pack, "LatentFlowInterpolate")
