@@ -3,7 +3,7 @@
     python benchmarks/freeze.py [--out FILE] [--seconds 480]
 
 LTXAVModel with 48 blocks and random bf16 weights, Euler, no CFG: 24 steps of LTXVScheduler's curve, and the 8
-distilled sigmas. Every clip starts with a warm-up step and a dense run. Where values are kept in host memory, the
+distilled sigmas. Rows of an earlier FILE are kept where they are not measured anew. Every clip starts with a warm-up step and a dense run. Where values are kept in host memory, the
 hidden share of their transfers is 1 - (time over that with the GPU's memory) / (time that the copies take alone);
 page-locking that memory counts as time. First of all a run is interrupted in a frozen step, and what is then allocated
 is compared with what was before it.
@@ -46,6 +46,7 @@ def setting(scope: str, forecast: str, device: str, when: dict[str, Any], **more
     return {**SHARED, **when, "scope": scope, "forecast": forecast, "cache_device": device, **more}
 
 
+SCOPES = (ATTENTION, WORK, BLOCKS)
 PACKED = {"cache_dtype": "fp8_e4m3fn"}
 # (clip of ltx2.py, steps, settings), most telling first.
 PLAN: tuple[tuple[int, int, tuple[dict[str, Any], ...]], ...] = (
@@ -170,14 +171,15 @@ def main() -> None:
     model = ltx2.build_ltx2(options.device, blocks=options.blocks)
     journal_of = importlib.import_module(f"{PACK}.patches.mount").journal_of
     on_gpu = options.device == "cuda"
-    report: dict[str, Any] = {
+    ground = {
         "gpu": torch.cuda.get_device_name() if on_gpu else "none (CPU)",
         "torch": torch.__version__,
         "comfyui": comfyui_version,
         "bytes_a_second": bandwidth() if on_gpu else None,
-        "gib_around_an_interrupt": {},
-        "rows": [],
     }
+    report: dict[str, Any] = {"gib_around_an_interrupt": {}, "rows": []}
+    if options.out.is_file():
+        report |= json.loads(options.out.read_text())
     with torch.inference_mode():
         clip = ltx2.CLIPS[0]
         sigmas = scheduled_for(math.prod(clip.grid))
@@ -213,52 +215,52 @@ def main() -> None:
                     "taken": technique["taken"],
                     "declined": technique["declined"],
                     "cache_gib": record["cache_gib"],
+                    **ground,
                 }
-                report["rows"].append(row)
+                others = [old for old in report["rows"] if setting_of(old) != setting_of(row)]
+                report["rows"] = sorted([*others, row], key=place_of)
                 print(row, flush=True)
                 options.out.write_text(json.dumps(report, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(table(report))
     print(table(report))
 
 
+def setting_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What was run; an earlier row of the same setting gives way to a new one."""
+    return {key: row[key] for key in ("clip", "steps", "scope", "forecast", "cache_device", *SHARED, *LONG)}
+
+
+def place_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Large clips first, and what is kept where behind the other settings."""
+    names = [clip.name for clip in ltx2.CLIPS]
+    return (
+        *(-names.index(row["clip"]), -row["steps"], -SCOPES.index(row["scope"])),
+        *(row["start_percent"], row["refresh_every"], row["cache_device"] == "cpu", row["cache_dtype"]),
+    )
+
+
 def hidden(row: dict[str, Any], report: dict[str, Any]) -> float | None:
     """The share of the transfers between GPU and host that other work hid; None without any or without a twin."""
+    wanted = {**setting_of(row), "cache_device": "gpu"}
     twin = next(
-        (
-            other
-            for other in report["rows"]
-            if other["cache_device"] == "gpu"
-            and all(
-                other[key] == row[key]
-                for key in (
-                    "clip",
-                    "steps",
-                    "scope",
-                    "forecast",
-                    "start_percent",
-                    "refresh_every",
-                    "cache_dtype",
-                )
-            )
-        ),
-        None,
+        (old for old in report["rows"] if setting_of(old) == wanted and old["gpu"] == row["gpu"]), None
     )
     kept = row["cache_gib"].get("cpu", 0.0)
-    if row["cache_device"] != "cpu" or twin is None or not kept or not report["bytes_a_second"]:
+    if row["cache_device"] != "cpu" or twin is None or not kept or not row["bytes_a_second"]:
         return None
     full = kept * 2**30 / (2 if row["forecast"] == "linear" else 1)
     # Each frozen step fetches everything; the full steps within the range (every refresh_every-th) write one value.
     writes = math.ceil(row["frozen_steps"] / (row["refresh_every"] - 1)) + (row["forecast"] == "linear")
     moved = row["frozen_steps"] * kept * 2**30 + writes * full
-    alone = moved / report["bytes_a_second"]
+    alone = moved / row["bytes_a_second"]
     return 1 - max(0.0, row["seconds"] - twin["seconds"]) / alone
 
 
 def table(report: dict[str, Any]) -> str:
     """Markdown, one row per setting."""
     out = [
-        "| clip, steps | setting | frozen steps | time of dense | kept | peak above dense | transfers hidden |",
-        "|---" * 7 + "|",
+        "| clip, steps | setting | frozen steps | time of dense | on | kept | peak above dense | transfers hidden |",
+        "|---" * 8 + "|",
     ]
     for row in report["rows"]:
         kept = ", ".join(
@@ -272,6 +274,7 @@ def table(report: dict[str, Any]) -> str:
             + (", fp8" if row["cache_dtype"] == "fp8_e4m3fn" else ""),
             f"{row['frozen_steps']}",
             f"{row['of_dense']:.0%} of {row['dense_seconds']:.1f} s",
+            row["gpu"].removeprefix("NVIDIA ").split()[0],
             kept,
             f"{row['peak_gib'] - row['dense_peak_gib']:+.2f} GiB",
             "–" if share is None else f"{max(share, 0):.0%}",

@@ -27,10 +27,10 @@ SHORT_STRIDES = {
         "stride 4, optical_flow",
         "stride 2, motion, 12 steps",
         "stride 2, motion, 16 steps, full length from σ 0.75",
-        "stride 2, motion, full length from σ 0.75",
-        "stride 2, motion, refined from σ 0.7",
         "stride 3, motion, 12 steps, full length from σ 0.75",
         "stride 4, motion, 8 steps, full length from σ 0.75",
+        "stride 2, motion, full length from σ 0.75",
+        "stride 2, motion, refined from σ 0.7",
         "stride 2, motion on latents",
         "stride 2, motion, times not stretched",
     ),
@@ -210,7 +210,8 @@ def chosen_tables(
     distance = next(name for name, *_ in columns if name.startswith("frechet"))
     for model, frames, rows in groups(report):
         by_name = {row["row"]: row for row in rows}
-        shown = [by_name[name] for name in names.get(model, ()) if name in by_name]
+        found = (by_name[name] for name in names.get(model, ()) if name in by_name)
+        shown = [row for row in found if distance in row["figures"]]
         if not shown or "dense" not in by_name:
             continue
         size, rival = PRICED_AS[frames], Rival(rows)

@@ -294,4 +294,5 @@ ROWS: tuple[Row, ...] = (
         for forecast in ("linear", "hold")
     ),
     frozen(ATTENTION, "hold", 0.0, 2, models=(STUDENT,)),
+    *(frozen(ATTENTION, forecast, 0.2, 2, models=(STUDENT,)) for forecast in ("linear", "hold")),
 )

@@ -29,7 +29,7 @@ class LatentFlowInterpolate(io.ComfyNode):
                 "Brings a latent from Keyframe Stride back to its full length. With vae the frames in between are made "
                 "on decoded frames, which is right about the eight frames inside a latent frame; it costs a decode and, "
                 "unless encode is off, an encode. Without vae the latents themselves are mixed: quick, and only good "
-                "for a preview. A refining sampler behind it did best from noise level 0.7."
+                "for a preview. Behind it a sampler may refine the clip: in our measurements best from noise level 0.7."
             ),
             inputs=[
                 io.Latent.Input(
@@ -42,9 +42,9 @@ class LatentFlowInterpolate(io.ComfyNode):
                     default="motion",
                     tooltip=(
                         "linear: mixes both neighbours; cheapest, ghosts where things move. smooth: the same with an "
-                        "even flow of change. motion: moves things along, no model needed; still parts stay still; as "
-                        "good as linear at stride 2, better from there on and for fast motion. "
-                        "optical_flow: the same with the connected RAFT model; best for large motion, slowest."
+                        "even flow of change. motion: moves things along, no model needed; still parts stay still; "
+                        "alike at stride 2, the best for fast motion. optical_flow: the same with the connected RAFT "
+                        "model; in our measurements slower than motion and no better."
                     ),
                 ),
                 io.Vae.Input(

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import re
 
+import pytest
+
 
 def test_tables_are_the_measured_ones(pack):
     readme = (pack.root / "README.md").read_text(encoding="utf-8")
@@ -68,9 +70,7 @@ def test_flop_table_matches_its_json(pack):
 
 def test_quality_tables_come_from_their_json(pack):
     folder = pack.root / "benchmarks"
-    spec = importlib.util.spec_from_file_location("quality_report", folder / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
+    report = report_module(folder)
     content = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
     assert (folder / "quality.md").read_text(encoding="utf-8") == report.tables(content)
     assert (folder / "quality_short.md").read_text(encoding="utf-8") == report.short_tables(content)
@@ -99,33 +99,142 @@ def test_whole_runs_match_their_json(pack):
     report = json.loads((folder / "freeze.json").read_text(encoding="utf-8"))
     freeze = report["rows"]
     of_dense = {
-        (row["clip"], row["steps"], row["start_percent"], row["refresh_every"]): row["of_dense"]
-        for row in freeze
-        if row["scope"] == "whole blocks" and row["cache_device"] == "gpu" and row["cache_dtype"] == "default"
+        place: {
+            (row["clip"], row["steps"], row["start_percent"], row["refresh_every"], row["cache_dtype"]): row[
+                "of_dense"
+            ]
+            for row in freeze
+            if row["scope"] == "whole blocks" and row["cache_device"] == place
+        }
+        for place in ("gpu", "cpu")
     }
     large, small = "121 f 1280×704", "97 f 896×512"
-    assert [f"{of_dense[large, 24, 0.2, every]:.0%}" for every in (3, 2)] == ["68%", "75%"], (
-        "README: 32 %, a quarter"
-    )
-    assert all(0.775 < share < 0.8 for (clip, *_), share in of_dense.items() if clip == small), (
-        "README: a fifth"
-    )
+    for clip in (large, small):
+        thirds, quarters, fifths = (of_dense["gpu"][(clip, 24, *when, "default")] for when in ((0.2, 3), (0.2, 2), (0.4, 3)))  # fmt: skip
+        assert 0.65 < thirds < 0.69 and 0.7 < quarters < 0.77 and 0.77 <= round(fifths, 2) < 0.8, clip
     eight = {row["start_percent"]: row["frozen_steps"] for row in freeze if row["steps"] == 8}
-    assert eight == {0.0: 3, 0.2: 1} and f"{of_dense[large, 8, 0.0, 2]:.0%}" == "66%", "README: a third"
+    assert eight == {0.0: 3, 0.2: 1}
+    assert f"{of_dense['gpu'][large, 8, 0.0, 2, 'default']:.0%}" == "66%", "README: a third"
+    in_host = of_dense["cpu"]
+    assert len(in_host) >= 4 and all(0.805 < share < 0.905 for share in in_host.values()), (
+        "a tenth to a fifth"
+    )
+    assert min(in_host, key=in_host.get)[-1] == "fp8_e4m3fn", "fp8 saves most"
+    for setting, share in in_host.items():
+        twin = of_dense["gpu"][setting]
+        assert setting[-1] != "default" or 0.4 < (1 - share) / (1 - twin) < 0.65, "tooltip: about half"
     around = report["gib_around_an_interrupt"]
     assert all(found["before"] == found["after"] for found in around.values())
     assert around["gpu"]["within"] > around["gpu"]["before"] + 4
-    in_host = [row for row in freeze if row["cache_device"] == "cpu"]
     two_blocks = 4 * 14080 * 4096 * 2 / 2**30
-    assert in_host and all(row["peak_gib"] <= row["dense_peak_gib"] + two_blocks for row in in_host)
+    far = [row for row in freeze if row["cache_device"] == "cpu"]
+    assert far and all(row["peak_gib"] <= row["dense_peak_gib"] + two_blocks for row in far)
+
+
+def report_module(folder):
+    spec = importlib.util.spec_from_file_location("quality_report", folder / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    return report
+
+
+@pytest.fixture(scope="module")
+def strides(pack):
+    """(model, latent frames) -> row -> (share of dense's FLOPs, figures as shares of dense's, fewer steps' likewise)."""
+    folder = pack.root / "benchmarks"
+    report = report_module(folder)
+    rows = json.loads((folder / "quality.json").read_text(encoding="utf-8"))["rows"]
+    out = {}
+    for model, frames in {(row["model"], row["frames"]) for row in rows}:
+        mine = [row for row in rows if (row["model"], row["frames"]) == (model, frames)]
+        dense = report.figures_of(next(row for row in mine if row["row"] == "dense"))
+        rival = report.Rival(mine)
+        out[model, frames] = {
+            row["row"]: (
+                row["cost"][report.PRICED_AS[frames]],
+                shares(report.figures_of(row), dense),
+                shares(rival.of(row, row["cost"][report.PRICED_AS[frames]]), dense),
+            )
+            for row in mine
+        }
+    return out
+
+
+def shares(figures, dense):
+    return {name: figures[name] / dense[name] for name in figures if dense.get(name)}
+
+
+BOTH = "stride 2, motion, 16 steps, full length from σ 0.75"
+
+
+def test_what_the_readme_says_about_strides_of_the_teacher(strides):
+    short, long = strides["teacher", 13], strides["teacher", 25]
+    for rows in (short, long):
+        cost, figures, _ = rows[BOTH]
+        assert cost <= 0.55 and figures["frechet_all"] < 0.9, "as dense, for half its FLOPs"
+        assert all(abs(figures[name] - 1) < 0.1 for name in ("drift", "acceleration", "fast"))
+        assert rows["stride 2, motion"][1]["frechet_all"] < 1.1
+        assert 0.7 < rows["stride 2, motion"][1]["acceleration"] < 0.8
+        nearest = min(
+            (row for row, (_, figures, _) in rows.items() if "frechet_all" in figures),
+            key=lambda row: rows[row][1]["frechet_all"],
+        )
+        assert nearest == "stride 2, motion, refined from σ 0.7"
+        for stride in (3, 4):
+            _, figures, rival = rows[f"stride {stride}, motion"]
+            assert figures["frechet_all"] < rival["frechet_all"], "beats fewer steps"
+        methods = {m: [rows[f"stride {s}, {m}"][1]["fast"] for s in (2, 3, 4)] for m in ("motion", "linear", "smooth")}  # fmt: skip
+        assert methods["motion"] == [min(values) for values in zip(*methods.values(), strict=True)]
+    assert [f"{rows[BOTH][1]['frechet_all']:.2f} × {rows[BOTH][0]:.0%}" for rows in (short, long)] == [
+        "0.87 × 51%",
+        "0.84 × 46%",
+    ]
+    assert [f"{rows['stride 2, motion, refined from σ 0.7'][0]:.0%}" for rows in (short, long)] == [
+        "96%",
+        "82%",
+    ]
+    assert f"{short['stride 2, motion'][1]['drift']:.3f}" == "1.128", "an eighth"
+    assert f"{long['stride 3, motion'][1]['frechet_all']:.2f} {long['stride 3, motion'][0]:.0%}" == "0.95 20%"
+    cost, figures, _ = short["stride 3, motion, 12 steps, full length from σ 0.75"]
+    assert f"{figures['frechet_all']:.2f} {cost:.0%}" == "1.26 34%"
+    cheap = [rows["stride 4, motion, 8 steps, full length from σ 0.75"] for rows in (short, long)]
+    assert [f"{figures['frechet_all']:.1f} {cost:.0%}" for cost, figures, _ in cheap] == [
+        "1.8 22%",
+        "1.9 20%",
+    ]
+    assert all(abs(figures["drift"] - 1) < 0.03 for _, figures, _ in cheap)
+    assert 4 < short["stride 4, motion"][1]["fast"] < 4.5 and 2.5 < cheap[0][1]["fast"] < 3
+
+
+def test_what_the_readme_says_about_strides_of_the_others(strides):
+    for frames in (13, 25):
+        rows = strides["student", frames]
+        _, figures, rival = rows["stride 2, motion"]
+        assert figures["frechet_all"] < 0.5 * rival["frechet_all"]
+        assert rows["stride 2, motion, refined from σ 0.7"][1]["frechet_all"] < 0.8
+        assert rows["stride 2, motion, full length from σ 0.75"][1]["frechet_all"] > figures["frechet_all"]
+        rows = strides["pessimist", frames]
+        assert all(rows[f"stride {stride}, motion"][1]["frechet_all"] > 4 for stride in (2, 3, 4))
+        assert rows["stride 2, motion, full length from σ 0.9"][1]["frechet_all"] < 1.1
+
+
+def test_the_template_coarse_to_fine_has_the_best_switch(strides):
+    for frames in (13, 25):
+        rows = strides["teacher", frames]
+        schedule = "stride 2, motion, LTXVScheduler for 16×880"
+        found = {
+            s: rows[f"{schedule}, full length from σ {s}"][1]["frechet_all"] for s in ("0.9", "0.75", "0.5")
+        }
+        assert min(found, key=found.get) == "0.75"
+        assert rows[f"{schedule}, refined from σ 0.7"][1]["frechet_all"] < found["0.75"]
+        own, full = (rows[f"stride 2, motion, LTXVScheduler for {t}×880"][1]["frechet_all"] for t in (9, 16))
+        assert own < full, "connect the latent of Keyframe Stride"
 
 
 def test_what_the_readme_says_about_frozen_steps(pack):
     """With a linear forecast whole blocks beat fewer steps at each start, refreshed every 2nd or 3rd step; hold does not."""
     folder = pack.root / "benchmarks"
-    spec = importlib.util.spec_from_file_location("quality_report", folder / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
+    report = report_module(folder)
     rows = json.loads((folder / "quality.json").read_text(encoding="utf-8"))["rows"]
     checked = 0
     for frames, size in report.PRICED_AS.items():
@@ -155,11 +264,22 @@ def test_what_the_readme_says_about_frozen_steps(pack):
         for row in rows
         if row["model"] == "teacher" and "psnr" in row["figures"]
     }
+    costs = {
+        row["row"]: row["cost"][report.PRICED_AS[row["frames"]]] for row in rows if row["model"] == "teacher"
+    }
+    for start in ("0.2", "0.4", "0.6", "0.75"):
+        name = f"linear, from {start}, every 3."
+        assert costs[f"spatial attention, {name}"] > 0.99, "1 % or less"
+        for frames in report.PRICED_AS:
+            literal, whole = (
+                figures[f"{scope}, {name}", frames] for scope in ("spatial attention", "whole blocks")
+            )
+            assert literal < whole + 1, "as much as whole blocks"
     packed = [key for key in figures if key[0].endswith(", kept as fp8_e4m3fn")]
     lost = {
         key: figures[key[0].removesuffix(", kept as fp8_e4m3fn"), key[1]] - figures[key] for key in packed
     }
     assert len(lost) >= 4 and all(
-        f"{loss:.1f}" <= ("0.2" if name.startswith("whole blocks") else "0.6")
+        f"{loss:.1f}" <= ("0.6" if name.startswith("whole blocks") else "0.8")
         for (name, _), loss in lost.items()
-    ), "README: 0.2 and 0.6 dB"
+    ), "README: 0.6 and 0.8 dB"
