@@ -55,7 +55,7 @@ def note_for(latent: dict[str, Any], stride: int = 0, length: int = 0) -> Stride
             stride = note.stride if note is not None else math.ceil((frames - 1) / (strided - 1))
     if has_guides(mask_of(latent)):
         raise ValueError(
-            "latent: its last frames are held, as guides from LTXVAddGuide are. Put LTXVCropGuides before this node."
+            "latent: its last frames are held, as added guides are. Put the node that crops guides before this one."
         )
     if stride > LARGEST_STRIDE:
         raise ValueError(

@@ -116,8 +116,8 @@ def thin(
         thinned = video[:, :, kept]
     elif has_guides(mask):
         raise ValueError(
-            "latent: its last frames are held, as guides from LTXVAddGuide are. Connect the latent without them and add "
-            "guides after KeyframeStride."
+            "latent: its last frames are held, as added guides are. Connect the latent without them and add guides after "
+            "KeyframeStride."
         )
     elif not filled.all():
         raise ValueError(

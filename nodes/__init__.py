@@ -5,6 +5,7 @@ from .keyframe_stride import KeyframeStride
 from .latent_flow_interpolate import LatentFlowInterpolate
 from .load_optical_flow import ThriftLoadOpticalFlow
 from .schedule_spatial_freeze import ScheduleSpatialFreeze
+from .thin_guide import ThriftThinGuide
 
 NODES = [
     ApplyTemporalWindow,
@@ -12,4 +13,5 @@ NODES = [
     LatentFlowInterpolate,
     ScheduleSpatialFreeze,
     ThriftLoadOpticalFlow,
+    ThriftThinGuide,
 ]

@@ -59,7 +59,7 @@ class KeyframeStride(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip=(
-                        "The full frame rate, the same as in LTXVConditioning, to hand on the low one. 0 = not given."
+                        "The full frame rate, the same as in the conditioning, to hand on the low one. 0 = not given."
                     ),
                 ),
                 io.Vae.Input(
@@ -74,8 +74,8 @@ class KeyframeStride(io.ComfyNode):
                 io.Float.Output(
                     display_name="frame_rate",
                     tooltip=(
-                        "The low frame rate, for a clip that is shown without in-betweening; 0 if none was given. Not for "
-                        "LTXVConditioning, which keeps the full rate."
+                        "The low frame rate, for a clip that is shown without in-betweening; 0 if none was given. Not for the "
+                        "conditioning, which keeps the full rate."
                     ),
                 ),
             ],

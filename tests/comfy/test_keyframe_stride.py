@@ -193,12 +193,15 @@ def test_a_model_without_a_frame_rate_declines(node, last, pack, monkeypatch):
     assert last(ours)["declined"].keys() == {"NO_FRAME_RATE"}
 
 
-def test_a_guide_added_by_core_behind_it(node, last, tiny):
-    """Its frame number and its positions are those of the short clip at the low rate."""
+@pytest.mark.parametrize("guide_frames", [1, 17])
+def test_a_guide_added_by_core_behind_it(guide_frames, node, last, tiny, pack):
+    """Its frame number and its positions are those of the short clip at the low rate; a video is thinned to it."""
     guides = pytest.importorskip("comfy_extras.nodes_lt", reason="this tree has no LTX nodes").LTXVAddGuide
     model, vae = build_model(), tiny("vae").CodecVAE()
     clip = torch.zeros(1, 128, 9, 2, 3)
-    image = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(5))
+    frames = torch.rand(2 * guide_frames - 1, 64, 96, 3, generator=torch.Generator().manual_seed(5))
+    image = pack("nodes.thin_guide").ThriftThinGuide.execute(frames, 2).args[0]
+    assert torch.equal(image, frames[torch.arange(guide_frames) * 2])
     ours, latent, _ = node.execute(model, {"samples": clip}, 2, 24.0).args
 
     def sampled(patched, rate, samples):
@@ -206,7 +209,10 @@ def test_a_guide_added_by_core_behind_it(node, last, tiny):
         positive, negative, guided = guides.execute(
             conds["positive"], conds["negative"], vae, {"samples": samples}, image, 16, 1.0
         ).args
-        assert guided["samples"].shape[2] == 6, "the guide's frame stands behind the five of the clip"
+        behind = guided["samples"].shape[2] - 5
+        assert behind == (1 if guide_frames == 1 else 2), (
+            "the guide stands behind the five frames of the clip"
+        )
         noise = noise_like("ltxv", tuple(guided["samples"].shape[2:]), seed=11)
         mask = guided["noise_mask"]
         return sample(patched, noise=noise, positive=positive, negative=negative, noise_mask=mask)

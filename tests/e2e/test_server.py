@@ -189,6 +189,7 @@ NODES = {
         {"forecast", "blocks_kept", "cache_device", "cache_limit_gb", "cache_dtype"},
     ),
     "ThriftLoadOpticalFlow": (["OPTICAL_FLOW"], ["model_name"], set()),
+    "ThriftThinGuide": (["IMAGE"], ["image", "stride"], set()),
 }
 
 

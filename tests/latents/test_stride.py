@@ -175,7 +175,7 @@ def test_guides_have_to_be_cropped_first(stride, restore):
     """A guide would be taken for the clip's last frame, and blended into it."""
     guided = {**empty(6), "noise_mask": torch.ones(1, 1, 6, 1, 1)}
     guided["noise_mask"][:, :, -1] = 0.0
-    with pytest.raises(ValueError, match="LTXVCropGuides before"):
+    with pytest.raises(ValueError, match="crops guides before"):
         restore.note_for(guided, 2, 0)
     first = {**empty(5), "noise_mask": torch.ones(1, 1, 5, 1, 1)}
     first["noise_mask"][:, :, 0] = 0.0
