@@ -44,7 +44,7 @@ def note_for(latent: dict[str, Any], stride: int = 0, length: int = 0) -> Stride
             )
             return None
         stride, frames = note.stride, note.frames
-    elif strided == 1:
+    elif strided == 1 and stride != 1:
         raise ValueError("latent: it has a single latent frame, so there is nothing in between.")
     else:
         if length:
@@ -53,9 +53,10 @@ def note_for(latent: dict[str, Any], stride: int = 0, length: int = 0) -> Stride
             frames = note.frames if note is not None and note.stride == stride else stride * (strided - 1) + 1
         if not stride:
             stride = note.stride if note is not None else math.ceil((frames - 1) / (strided - 1))
-    if has_guides(mask_of(latent)):
+    if note is None and not length and has_guides(mask_of(latent)):
         raise ValueError(
-            "latent: its last frames are held, as added guides are. Put the node that crops guides before this one."
+            "latent: its last frames are held, as added guides are, so that its full length cannot be told. Put the node "
+            "that crops guides before this one, or set length."
         )
     if stride > LARGEST_STRIDE:
         raise ValueError(

@@ -60,8 +60,8 @@ class ScheduleSpatialFreeze(io.ComfyNode):
                     default=BLOCKS,
                     tooltip=(
                         "whole blocks: frozen steps compute no video at all (audio goes on). per-frame work: "
-                        "feed-forward and text cross-attention are reused, self-attention stays fresh; worse than fewer "
-                        "steps. spatial attention: only the share of self-attention within a frame is reused; for the "
+                        "feed-forward and text cross-attention are reused, self-attention stays fresh; saves little and "
+                        "takes twice the memory. spatial attention: only the share of self-attention within a frame is reused; for the "
                         "record, it is slower than full steps and changes as much as whole blocks."
                     ),
                 ),

@@ -88,13 +88,15 @@ class Freeze(ScheduledTechnique):
 
     @property
     def places_a_block(self) -> int:
-        """Tensors that one block keeps, less than a stream's size where a softmax share is among them."""
+        """Tensors that one block keeps."""
         return 1 if self.scope == BLOCKS else 2
 
     def values_kept(self, stream: Stream) -> int:
         """How many tensors of the stream's size are kept for each cond."""
         blocks = max(0, stream.blocks - 2 * self.blocks_kept)
-        places = min(blocks, 1) if self.scope == BLOCKS and stream.is_alone else blocks * self.places_a_block
+        # The log-sum-exp of a softmax share is next to nothing beside its output.
+        places = min(blocks, 1) if self.scope == BLOCKS and stream.is_alone else blocks
+        places *= 2 if self.scope == WORK else 1
         return places * (2 if self.has_forecast else 1)
 
     def rhythm(self, clock: SigmaClock) -> Rhythm:

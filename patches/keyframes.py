@@ -55,13 +55,13 @@ class KeyframeTimes(CallTechnique):
         rate = layout.frame_rate
         if rate and self.frame_rate and abs(rate / self.frame_rate - 1) > 0.01:
             yield (
-                f"the conditioning says {rate:g} frames a second, and Keyframe Stride was told {self.frame_rate:g}. Give "
-                "both the full rate: times are stretched by the stride from what the conditioning says."
+                f"the model is told {rate:g} frames a second by its conditioning, and Keyframe Stride was told "
+                f"{self.frame_rate:g}. Give both the full rate: times are stretched by the stride from what the model is told."
             )
         seconds = layout.seconds(self.strided_frames)
         if not isinstance(seconds, Unclear) and seconds * self.stride > layout.longest_seconds:
             yield (
                 f"with stride {self.stride} the clip lasts {seconds * self.stride:.1f} s, and this model was made for "
-                f"positions up to {layout.longest_seconds:g} s: what lies beyond may break. Make the clip shorter, raise "
-                "frame_rate in its conditioning, or take a smaller stride."
+                f"positions up to {layout.longest_seconds:g} s: what lies beyond may break. Make the clip shorter, or take "
+                "a smaller stride."
             )

@@ -32,6 +32,11 @@ OUT_OF_MEMORY_ADVICE = (
     "freezing. For the next one set cache_device to cpu, cache_dtype to fp8_e4m3fn, or a cache_limit_gb."
 )
 
+try:
+    from comfy.model_prefetch import cleanup_prefetch_queues
+except ImportError:  # Older releases stream weights without queues.
+    cleanup_prefetch_queues = None
+
 logger = logging.getLogger(__name__)
 
 
@@ -94,7 +99,6 @@ def _outer_sample(
     for warning in run.warn_before():
         logger.warning(warning)
     # As core's sampling: without guidance the negative conds are not computed.
-    run.patched = _patched(options)
     run.has_guidance = getattr(guider, "cfg", None) != 1 or bool(
         guider.model_options.get("disable_cfg1_optimization")
     )
@@ -166,13 +170,15 @@ def _apply_model(
     output = None
     try:
         output = forward(moment)
-    except torch.cuda.OutOfMemoryError as error:
-        if run.reuse is None or not run.reuse.is_in_use:
+    except RuntimeError as error:
+        if not _is_out_of_memory(error) or run.reuse is None or not run.reuse.is_in_use:
             raise
         logger.warning(OUT_OF_MEMORY_ADVICE, str(error))
-        run.reuse.give_up()
+        run.reuse.give_up(x.device)
     if output is None:
         # Outside of the handler, whose traceback holds on to what the failed forward had made.
+        if cleanup_prefetch_queues is not None:
+            cleanup_prefetch_queues()
         mm.soft_empty_cache()
         moment = _begin(run, layout, sigma, x, c_crossattn, options)
         output = forward(moment)
@@ -184,14 +190,21 @@ def _apply_model(
     return output
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    # Newer drivers report some of them as errors of the accelerator.
+    return type(error).__name__ == "AcceleratorError" and bool(mm.is_oom(error))
+
+
 def _block_patches(options: dict[str, Any]) -> dict[Any, Any]:
     """What others have put in the place of transformer blocks, by place."""
     return options.get("patches_replace", {}).get("dit", {})
 
 
-def _patched(options: dict[str, Any]) -> tuple[dict[Any, Any], Any]:
-    """What others have put in the place of blocks and of attention; a pass with something else is a perturbed one."""
-    return dict(_block_patches(options)), options.get(OVERRIDE)
+def _foreign(options: dict[str, Any]) -> tuple[dict[Any, Any], bool]:
+    """What others have put in the place of blocks, and whether in that of attention."""
+    return dict(_block_patches(options)), OVERRIDE in options
 
 
 def _begin(
@@ -215,10 +228,11 @@ def _begin(
             tuple(text.shape) if isinstance(text, torch.Tensor) else None,
             layout.shapes,
             x.dtype,
-            x.device,
         ),
         window=layout.window_frames,
-        is_perturbed=layout.is_perturbed or _patched(options) != run.patched,
+        # Guiders leave blocks out, or replace attention, in passes that are to come out worse.
+        is_perturbed=not run.is_as_ever(_foreign(options)) or layout.is_perturbed,
+        device=x.device,
     )
     return run.reuse.begin(subject, sigma, run.evaluations)
 
@@ -240,7 +254,8 @@ def _prepare_sampling(
     stream = stream_of(model.model.diffusion_model, tuple(noise_shape))
     if run is None or run.reuse is None or run.freeze is None or stream is None:
         return executor(model, noise_shape, conds, *args, **kwargs)
-    stream = replace(stream, is_alone=stream.is_alone and not run.patched[0])
+    patches = _block_patches(model_options["transformer_options"])
+    stream = replace(stream, is_alone=stream.is_alone and not patches)
     shelf = run.reuse.shelf
     shelf.rooms[HOST] = int(mm.get_free_memory(torch.device("cpu")) / 2)
     if mm.is_device_cpu(model.load_device):

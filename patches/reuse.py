@@ -30,13 +30,14 @@ Place = tuple[int, str]
 class Subject:
     """What a forward computes, as far as another forward's results may stand in for it.
 
-    conds: everything that has to be the same: ids of the conds, shapes, device. window: the frames of a context
-    window, None without. is_perturbed: a pass that computes something else on purpose.
+    conds: everything that has to be the same: ids of the conds, shapes. window: the frames of a context window, None
+    without. is_perturbed: a pass that computes something else on purpose.
     """
 
     conds: Hashable
     window: tuple[int, ...] | None
     is_perturbed: bool
+    device: torch.device
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Held:
 
 @dataclass
 class Slot:
-    """What is kept for one subject. step, sigma: of the last full forward, -1 for none; turn: when it was asked for."""
+    """What is kept for one subject. step: that of the last full forward, -1 for none; sigma, turn: when it was last seen."""
 
     step: int = -1
     sigma: float = float("inf")
@@ -93,7 +94,7 @@ class Reuse:
         self.rhythm, self.clock, self.shelf = rhythm, clock, shelf
         self._slots: dict[tuple[Subject, int], Slot] = {}
         self._seen: Counter[Subject] = Counter()
-        self._evaluation: tuple[int, float] | None = None
+        self._evaluation: float = -1
         self._turn = 0
         self._is_given_up = False
         self._lock = threading.Lock()
@@ -104,9 +105,9 @@ class Reuse:
             return Moment(self, Slot(), sigma, -1, NO_SCHEDULE, False)
         step = self.clock.step_at(sigma)
         with self._lock:
-            # By sigma too: a guider may keep the sampler's evaluations from being counted.
-            if (evaluation, sigma) != self._evaluation:
-                self._evaluation = evaluation, sigma
+            # By sigma where a guider keeps the sampler's evaluations from being counted.
+            if (evaluation or sigma) != self._evaluation:
+                self._evaluation = evaluation or sigma
                 self._turn += 1
                 self._seen.clear()
                 # Conds that were batched otherwise, or not at all, the last time: nobody will ask for these again.
@@ -139,16 +140,23 @@ class Reuse:
         """Whether anything was kept, and more may be."""
         return not self._is_given_up and self.shelf.most.total() > 0
 
-    def give_up(self) -> None:
-        """Memory ran out: let go of everything, and keep nothing more in this run."""
+    def give_up(self, device: torch.device) -> None:
+        """Memory ran out there: let go of everything, and keep nothing more in this run.
+
+        What forwards of other devices are using goes with their next one.
+        """
         with self._lock:
             self._is_given_up = True
-            self._drop_all()
+            for key in [key for key in self._slots if key[0].device == device]:
+                self._drop(key)
 
     def close(self) -> None:
-        with self._lock:
-            self._drop_all()
-        self.shelf.close()
+        try:
+            with self._lock:
+                for key in list(self._slots):
+                    self._drop(key)
+        finally:
+            self.shelf.close()
 
     def drop(self, slot: Slot) -> None:
         """Forget what a forward that did not come to its end may have left half written."""
@@ -166,6 +174,8 @@ class Reuse:
         if slot is not None and sigma > slot.sigma * (1 + 1e-5):
             self._drop(key)
             return SIGMA_ROSE
+        if slot is not None:
+            slot.sigma = sigma
         if step not in self.rhythm.within:
             return OUTSIDE_RANGE
         if step == self.clock.steps - 1:
@@ -199,16 +209,13 @@ class Reuse:
 
     def _drop(self, key: tuple[Subject, int]) -> None:
         slot = self._slots.pop(key, None)
-        if slot is None:
-            return
-        for held in slot.held.values():
-            self.release(held)
-        # Whoever still has the slot, as the traceback of an error does, shall not keep its tensors alive.
-        slot.held.clear()
-
-    def _drop_all(self) -> None:
-        for key in list(self._slots):
-            self._drop(key)
+        try:
+            for held in slot.held.values() if slot else ():
+                self.release(held)
+        finally:
+            # Whoever still has the slot, as the traceback of an error does, shall not keep its tensors alive.
+            if slot is not None:
+                slot.held.clear()
 
 
 @dataclass
@@ -260,7 +267,7 @@ class Moment:
         held = self.slot.held.get(place)
         shelf = self.reuse.shelf
         if held is not None and not held.newest.fits(value):
-            self.reuse.release(held)
+            self.reuse.release(self.slot.held.pop(place))
             held = None
         if held is None:
             kept = shelf.keep(value, is_exact)

@@ -10,7 +10,7 @@ import comfy.samplers
 import pytest
 import torch
 from freezing import EVERY, SCOPES, SIGMAS, Counted
-from reference import close, equal, freezing_model, set_slot
+from reference import SLOT, close, equal, freezing_model, set_slot
 from tiny_models import (
     CUT,
     FAMILIES,
@@ -219,6 +219,46 @@ def test_an_override_that_is_an_object_is_no_perturbation(scope, frozen, record)
     ours = frozen(set_slot(build_model(), Passing()), scope=scope)
     sample(ours, sigmas=SIGMAS)
     assert "PERTURBED" not in record(ours)["declined"]
+
+
+def test_an_override_made_anew_for_every_call_is_no_perturbation(frozen, record):
+    """Put there by a wrapper, so that it is not on the model when the run begins; in both orders."""
+
+    def with_override(patcher):
+        clone = patcher.clone()
+
+        def wrapper(executor, x, t, c_concat, c_crossattn, control, options, **conds):
+            def passing(func, *args, **kwargs):
+                return func(*args, **kwargs)
+
+            return executor(x, t, c_concat, c_crossattn, control, {**options, SLOT: passing}, **conds)
+
+        clone.add_wrapper_with_key("apply_model", "foreign", wrapper)
+        return clone
+
+    model = build_model()
+    for ours in (with_override(frozen(model)), frozen(with_override(model))):
+        sample(ours, sigmas=SIGMAS)
+        assert record(ours)["taken"] == 4
+
+
+def test_passes_of_one_evaluation_at_two_sigmas_keep_their_own(frozen, record):
+    """What another pass is given changes no bit of the plain one."""
+
+    class Twice(comfy.samplers.CFGGuider):
+        scale = 1.0
+
+        def predict_noise(self, x, timestep, model_options, seed=None):
+            calc, conds = comfy.samplers.calc_cond_batch, [self.conds["positive"]]
+            plain = calc(self.inner_model, conds, x, timestep, model_options)[0]
+            calc(self.inner_model, conds, x * self.scale, timestep * 0.95, model_options)
+            return plain
+
+    ours = frozen(build_model())
+    one, other = Twice(ours), Twice(ours)
+    other.scale = 0.5
+    assert equal(sample_with(one, sigmas=SIGMAS), sample_with(other, sigmas=SIGMAS))
+    assert record(ours)["taken"]
 
 
 def test_a_guider_that_calls_past_the_samplers_seam(frozen, record, pack):

@@ -11,7 +11,7 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from freezing import EVERY, SCOPES, SIGMAS, Counted
+from freezing import EVERY, SIGMAS, Counted
 from reference import equal
 from tiny_models import (
     FAMILIES,
@@ -78,7 +78,7 @@ def test_host_memory_is_prepared_before_it_is_needed(frozen, record, pack, monke
 
 
 @pytest.mark.parametrize("precision", ["default", "fp8_e4m3fn"])
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", EVERY)
 @pytest.mark.parametrize("family", ["ltxv", "ltxav"])
 def test_host_memory_is_prepared_for_what_will_be_kept(family, scope, precision, frozen, pack, monkeypatch):
     mount, cache, shelves = pack("patches.mount"), pack("patches.cache"), []

@@ -175,16 +175,21 @@ def test_guides_have_to_be_cropped_first(stride, restore):
     """A guide would be taken for the clip's last frame, and blended into it."""
     guided = {**empty(6), "noise_mask": torch.ones(1, 1, 6, 1, 1)}
     guided["noise_mask"][:, :, -1] = 0.0
-    with pytest.raises(ValueError, match="crops guides before"):
+    with pytest.raises(ValueError, match="crops guides before this one, or set length"):
         restore.note_for(guided, 2, 0)
+    # In-place conditioning of the last frame looks the same; with a length, or a note, nothing is guessed.
+    held = {**empty(5), "noise_mask": torch.ones(1, 1, 5, 1, 1)}
+    held["noise_mask"][:, :, [0, -1]] = 0.0
+    assert restore.note_for(held, 2, 65).frames == 9
+    assert restore.note_for(stride.StrideNote(2, 9, 5).write(held)).frames == 9
     first = {**empty(5), "noise_mask": torch.ones(1, 1, 5, 1, 1)}
     first["noise_mask"][:, :, 0] = 0.0
     assert restore.note_for(first, 2, 0).frames == 9
 
 
-@pytest.mark.parametrize(("given_stride", "length"), [(1, 0), (1, 33), (0, 33)])
-def test_a_full_length_needs_nothing(restore, given_stride, length):
-    assert restore.note_for(empty(5), given_stride, length) is None
+@pytest.mark.parametrize(("frames", "given_stride", "length"), [(5, 1, 0), (5, 1, 33), (5, 0, 33), (1, 1, 0)])
+def test_a_full_length_needs_nothing(restore, frames, given_stride, length):
+    assert restore.note_for(empty(frames), given_stride, length) is None
 
 
 @pytest.mark.parametrize("method", ["linear", "smooth", "motion"])

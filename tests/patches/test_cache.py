@@ -103,7 +103,62 @@ def test_no_memory_anywhere(placement, pack, monkeypatch):
     assert shelf.keep(torch.ones(4)) is None and not shelf.taken.total() and not shelf.most.total()
 
 
-def test_host_memory_is_let_go_even_if_a_copy_failed(pack, monkeypatch):
+@pytest.fixture
+def reuse(pack):
+    """Kept values of a run of eight steps, one of three of them full."""
+    parts = pack("patches.reuse")
+    clock = pack("patches.clock").SigmaClock(tuple(1 - i / 8 for i in range(9)), lambda percent: 1 - percent)
+    rhythm = parts.Rhythm(tuple(range(8)), (1, 2, 4, 5), 3, False, 1)
+    return parts.Reuse(rhythm, clock, pack("patches.cache").Shelf())
+
+
+def begun(reuse, pack, sigma=1.0, evaluation=1):
+    subject = pack("patches.reuse").Subject(("cond",), None, False, torch.device("cpu"))
+    return reuse.begin(subject, sigma, evaluation)
+
+
+def test_a_run_that_ends_with_a_failed_copy_lets_go_of_everything(reuse, pack, monkeypatch):
+    moment = begun(reuse, pack)
+    moment.store((0, "block"), torch.ones(4))
+    moment.finish()
+    closed = []
+    monkeypatch.setattr(reuse.shelf._host, "close", lambda: closed.append(True))
+
+    def fail():
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(moment.slot.held[0, "block"].newest, "wait", fail)
+    with pytest.raises(RuntimeError, match="device lost"):
+        reuse.close()
+    assert closed and not moment.slot.held
+
+
+def test_a_value_of_another_form_without_room_is_counted_once(reuse, pack):
+    moment = begun(reuse, pack)
+    moment.store((0, "block"), torch.ones(4))
+    reuse.shelf.rooms = {"gpu": 16, "cpu": 0}
+    moment.store((0, "block"), torch.ones(64))
+    assert moment.refused == 1 and not moment.slot.held
+    reuse.close()
+    assert not reuse.shelf.taken.total()
+
+
+def test_memory_that_runs_out_on_one_device_leaves_another_its_values(reuse, pack):
+    """Until its next forward; a forward that has asked gets what it was promised."""
+    other = begun(reuse, pack)
+    other.store((0, "block"), torch.ones(4))
+    other.computed = 1
+    other.finish()
+    frozen = begun(reuse, pack, sigma=0.875, evaluation=2)
+    assert frozen.has((0, "block"))
+    reuse.give_up(torch.device("meta"))
+    assert torch.equal(frozen.value((0, "block")), torch.ones(4))
+    assert begun(reuse, pack, sigma=0.75, evaluation=3).reason == "OUT_OF_MEMORY"
+    begun(reuse, pack, sigma=0.625, evaluation=4)
+    assert not reuse.shelf.taken.total()
+
+
+def test_host_memory_is_let_go_even_if_a_stream_failed(pack, monkeypatch):
     cache = pack("patches.cache")
     shelf = cache.Shelf()
     closed = []
