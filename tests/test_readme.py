@@ -172,7 +172,8 @@ def test_what_the_readme_says_about_strides_of_the_teacher(strides):
     for rows in (short, long):
         cost, figures, _ = rows[BOTH]
         assert cost <= 0.55 and figures["frechet_all"] < 0.9, "as dense, for half its FLOPs"
-        assert all(abs(figures[name] - 1) < 0.1 for name in ("drift", "acceleration", "fast"))
+        assert all(abs(figures[name] - 1) < 0.1 for name in ("drift", "acceleration"))
+        assert figures["slow"] < 1 and figures["fast"] < 1.06
         assert rows["stride 2, motion"][1]["frechet_all"] < 1.1
         assert 0.7 < rows["stride 2, motion"][1]["acceleration"] < 0.8
         nearest = min(
