@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -151,25 +152,13 @@ def _apply_model(
     sigma = float(options.get("sigmas", t).flatten()[0])
     told = conds | _adapted(run, layout)
 
-    def forward(moment: Moment | None) -> Any:
-        given = options
-        if moment is not None and moment.is_frozen and moment.slot.held and run.freeze is not None:
-            given = {**options, FROZEN: run.freeze.scope}
-        try:
-            with (
-                bound_attention(Forward(run, layout, layout.video_tokens(), sigma, moment)),
-                bound_blocks(run.freeze, moment, layout, _block_patches(options)),
-            ):
-                return executor(x, t, c_concat, c_crossattn, control, given, **told)
-        except BaseException:
-            if moment is not None:
-                moment.reuse.drop(moment.slot)
-            raise
+    def call(given: dict[str, Any]) -> Any:
+        return executor(x, t, c_concat, c_crossattn, control, given, **told)
 
     moment = _begin(run, layout, sigma, x, c_crossattn, options)
     output = None
     try:
-        output = forward(moment)
+        output = _forward(call, options, run, layout, sigma, moment)
     except RuntimeError as error:
         if not _is_out_of_memory(error) or run.reuse is None or not run.reuse.is_in_use:
             raise
@@ -181,7 +170,7 @@ def _apply_model(
             cleanup_prefetch_queues()
         mm.soft_empty_cache()
         moment = _begin(run, layout, sigma, x, c_crossattn, options)
-        output = forward(moment)
+        output = _forward(call, options, run, layout, sigma, moment)
     if moment is not None:
         outcomes = moment.finish()
         if run.freeze is not None and run.freeze.unit == CallTechnique.unit:
@@ -190,11 +179,35 @@ def _apply_model(
     return output
 
 
+def _forward(
+    call: Callable[[dict[str, Any]], Any],
+    options: dict[str, Any],
+    run: Run,
+    layout: Layout,
+    sigma: float,
+    moment: Moment | None,
+) -> Any:
+    """`call(options)` with everything bound that the plan asks for; what it kept is forgotten if it breaks off."""
+    if moment is not None and moment.is_frozen and moment.slot.held and run.freeze is not None:
+        options = {**options, FROZEN: run.freeze.scope}
+    try:
+        with (
+            bound_attention(Forward(run, layout, layout.video_tokens(), sigma, moment)),
+            bound_blocks(run.freeze, moment, layout, _block_patches(options)),
+        ):
+            return call(options)
+    except BaseException:
+        if moment is not None:
+            moment.reuse.drop(moment.slot)
+        raise
+
+
 def _is_out_of_memory(error: RuntimeError) -> bool:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return True
-    # Newer drivers report some of them as errors of the accelerator.
-    return type(error).__name__ == "AcceleratorError" and bool(mm.is_oom(error))
+    # Newer releases know that some of them come as errors of the accelerator.
+    is_oom = getattr(mm, "is_oom", None)
+    return type(error).__name__ == "AcceleratorError" and is_oom is not None and bool(is_oom(error))
 
 
 def _block_patches(options: dict[str, Any]) -> dict[Any, Any]:

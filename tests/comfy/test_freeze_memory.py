@@ -20,6 +20,21 @@ from tiny_models import (
 )
 
 
+@pytest.fixture
+def buffers(pack, monkeypatch):
+    """Weak references to every buffer that a run of this test has kept something in."""
+    cache, found = pack("patches.cache"), []
+    keep = cache.Shelf.keep
+
+    def watching(self, *args):
+        kept = keep(self, *args)
+        found.extend(weakref.ref(buffer) for buffer in kept.buffers)
+        return kept
+
+    monkeypatch.setattr(cache.Shelf, "keep", watching)
+    return found
+
+
 @pytest.mark.parametrize("scope", EVERY)
 def test_no_room(scope, frozen, record):
     model = build_model()
@@ -104,22 +119,12 @@ def test_room_for_some_blocks(frozen, record):
 
 @pytest.mark.parametrize("scope", EVERY)
 @pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, RuntimeError])
-def test_an_error_in_a_frozen_step_leaves_no_tensor(scope, error, frozen, pack, monkeypatch):
-    cache = pack("patches.cache")
-    tensors = []
-    keep = cache.Shelf.keep
-
-    def watching(self, *args):
-        kept = keep(self, *args)
-        tensors.extend(weakref.ref(buffer) for buffer in kept.buffers)
-        return kept
-
-    monkeypatch.setattr(cache.Shelf, "keep", watching)
+def test_an_error_in_a_frozen_step_leaves_no_tensor(scope, error, frozen, buffers):
     model = build_model()
     ours = frozen(model, scope=scope)
     expected = sample(ours, sigmas=SIGMAS)
     gc.collect()
-    assert tensors and all(ref() is None for ref in tensors)
+    assert buffers and all(ref() is None for ref in buffers)
     broken = ours.clone()
 
     def fail(executor, *args, **kwargs):
@@ -133,7 +138,7 @@ def test_an_error_in_a_frozen_step_leaves_no_tensor(scope, error, frozen, pack, 
     with pytest.raises(error) as caught:
         sample(broken, sigmas=SIGMAS)
     gc.collect()
-    assert caught.tb and all(ref() is None for ref in tensors)
+    assert caught.tb and all(ref() is None for ref in buffers)
     for module in model.model.diffusion_model.modules():
         assert "forward" not in vars(module)
     assert equal(sample(ours, sigmas=SIGMAS), expected)
@@ -184,22 +189,13 @@ class Failing:
 @pytest.mark.parametrize("scope", EVERY)
 @pytest.mark.parametrize(("owner", "name", "at"), [("Kept", "tensor", 2), ("Kept", "overwrite", 1)])
 def test_memory_that_runs_out_in_the_middle_loses_no_run(
-    owner, name, at, scope, frozen, record, pack, monkeypatch, caplog
+    owner, name, at, scope, frozen, record, buffers, pack, monkeypatch, caplog
 ):
     """In a frozen step, and in a full one that keeps: from there on everything is stock, and that is said."""
     cache, model = pack("patches.cache"), build_model("ltxav")
     ours = frozen(model, scope=scope, forecast="hold")
     expected = sample(ours, "ltxav", sigmas=SIGMAS)
-    alive = []
-    keep = cache.Shelf.keep
-
-    def watching(self, *args):
-        kept = keep(self, *args)
-        alive.extend(weakref.ref(buffer) for buffer in kept.buffers)
-        return kept
-
     with monkeypatch.context() as patch:
-        patch.setattr(cache.Shelf, "keep", watching)
         failing = Failing(patch, getattr(cache, owner), name, at)
         with caplog.at_level(logging.WARNING):
             result = sample(ours, "ltxav", sigmas=SIGMAS, cfg=2.0)
@@ -208,7 +204,7 @@ def test_memory_that_runs_out_in_the_middle_loses_no_run(
     said = [r.getMessage() for r in caplog.records if "memory ran out" in r.getMessage()]
     assert len(said) == 1 and "cache_device" in said[0] and "CUDA out of memory." in said[0]
     gc.collect()
-    assert alive and all(ref() is None for ref in alive)
+    assert buffers and all(ref() is None for ref in buffers)
     assert equal(sample(ours, "ltxav", sigmas=SIGMAS), expected)
 
 
