@@ -298,9 +298,17 @@ def test_blocks_that_are_given_their_options_by_position(frozen, record):
     assert record(ours)["declined"]["NO_OPTIONS"] == 4 and not record(ours)["taken"]
 
 
-@pytest.mark.parametrize(("scope", "ahead"), [("whole blocks", False), ("per-frame work", False), ("spatial attention", True)])  # fmt: skip
-def test_weights_are_fetched_ahead_only_where_all_are_needed(scope, ahead, frozen, record):
-    ours, seen = frozen(build_model("ltxav"), scope=scope).clone(), []
+@pytest.mark.parametrize(
+    ("settings", "ahead"),
+    [
+        ({"scope": "whole blocks"}, False),
+        ({"scope": "per-frame work"}, False),
+        ({"scope": "spatial attention"}, True),
+        ({"scope": "whole blocks", "cache_limit_gb": 1e-8}, True),
+    ],
+)
+def test_weights_are_fetched_ahead_only_where_all_are_needed(settings, ahead, frozen, record):
+    ours, seen = frozen(build_model("ltxav"), **settings).clone(), []
 
     def stream(executor, *args, **kwargs):
         next(given for given in args if isinstance(given, dict))["prefetch_dynamic_vbars"] = True
