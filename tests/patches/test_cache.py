@@ -1,5 +1,7 @@
 """Host memory for kept values, and their packing."""
 
+import threading
+
 import pytest
 import torch
 
@@ -56,9 +58,67 @@ def test_host_room_unlocks_what_was_locked_and_asks_no_more_once_refused(pack, m
     monkeypatch.setattr(host, "CHUNK", 2**16)
     room = host.HostRoom()
     room.grow(5 * host.CHUNK, host.CHUNK)
+    room.take(host.CHUNK)
     assert len(asked) == 3 and len(locked) == 2
     room.close()
     assert unlocked == locked
+
+
+def test_host_room_waits_for_the_system_only_where_memory_is_taken(pack, monkeypatch):
+    """And locks what is there in the callers' thread."""
+    host, locked, may_come = pack("patches.host"), [], threading.Event()
+
+    def pin_memory(chunk):
+        locked.append(threading.current_thread())
+        return True
+
+    def touched(chunk):
+        may_come.wait(60)
+        return original(chunk)
+
+    original = host.touched
+    monkeypatch.setattr(host, "touched", touched)
+    monkeypatch.setattr(host.mm, "pin_memory", pin_memory)
+    monkeypatch.setattr(host.mm, "unpin_memory", lambda chunk: True)
+    monkeypatch.setattr(host, "CHUNK", 2**16)
+    room = host.HostRoom()
+    room.grow(3 * host.CHUNK, host.CHUNK)
+    room.grow(5 * host.CHUNK, host.CHUNK)
+    assert room.size == 5 * host.CHUNK and not locked
+    threading.Timer(0.2, may_come.set).start()
+    room.take(host.CHUNK)
+    assert locked == [threading.current_thread()] * 5
+    room.close()
+
+
+def test_host_room_locks_what_has_come_with_the_next_growth(pack, monkeypatch):
+    host, locked = pack("patches.host"), []
+    monkeypatch.setattr(host.mm, "pin_memory", lambda chunk: locked.append(chunk) or True)
+    monkeypatch.setattr(host.mm, "unpin_memory", lambda chunk: True)
+    room = host.HostRoom()
+    room.grow(5 * host.PAGE, host.PAGE)
+    room._coming[-1].result(60)
+    room.grow(room.size, host.PAGE)
+    assert len(locked) == len(room._chunks)
+    room.close()
+
+
+def test_host_room_closes_while_memory_comes(pack, monkeypatch):
+    host = pack("patches.host")
+    monkeypatch.setattr(host, "CHUNK", 2**16)
+    room = host.HostRoom()
+    room.grow(50 * host.CHUNK, host.CHUNK)
+    room.close()
+    room.close()
+    assert room.size == 0
+
+
+def test_every_page_is_touched(pack):
+    host = pack("patches.host")
+    chunk = torch.full((5 * host.PAGE + 1,), 7, dtype=torch.uint8)
+    assert host.touched(chunk) is chunk and (chunk == 0).nonzero()[:, 0].tolist() == [
+        host.PAGE * page for page in range(6)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
