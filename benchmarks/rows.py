@@ -277,6 +277,13 @@ ROWS: tuple[Row, ...] = (
     *(strided(2, models=(TEACHER,), tokens=16 * 880, until=sigma) for sigma in (0.9, 0.75, 0.5)),
     strided(2, models=(TEACHER,), tokens=16 * 880, again_from=0.7),
     *(strided(2, again_from=sigma) for sigma in (0.9, 0.7, 0.5)),
+    *(
+        strided(stride, again_from=sigma, steps=steps, models=(TEACHER,))
+        for steps in (16, 12, 8)
+        for stride in STRIDES
+        for sigma in (0.7, 0.5)
+    ),
+    *(strided(stride, again_from=0.8, steps=8, models=(TEACHER,)) for stride in STRIDES),
     *(strided(stride, steps=steps, models=(TEACHER,)) for stride in STRIDES for steps in (16, 12, 8)),
     *(strided(stride, until=0.9, models=BOTH) for stride in (3, 4)),
     strided(2, until=0.75, nodes=LONG_CLIP_WINDOW, models=BOTH),

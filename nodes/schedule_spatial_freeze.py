@@ -33,7 +33,7 @@ class ScheduleSpatialFreeze(io.ComfyNode):
                     step=0.01,
                     tooltip=(
                         "Where in the schedule steps may begin to freeze (0 = first step). Earlier saves more: with "
-                        "every 3. step full 0.4 saved about a fifth of the time, 0.2 a third."
+                        "every 3. step full 0.4 saved about a quarter of the time, 0.2 a third."
                     ),
                 ),
                 io.Float.Input(
@@ -89,7 +89,7 @@ class ScheduleSpatialFreeze(io.ComfyNode):
                     default="auto",
                     tooltip=(
                         "Where values are kept between steps. auto: on the GPU while there is room beside the model, "
-                        "else in host memory, which eats about half of the saving on a fast GPU. The log says how much."
+                        "else in host memory, which on a fast GPU eats up to half of the saving, less with fp8. The log says how much."
                     ),
                     extra_dict={"advanced": True},
                 ),

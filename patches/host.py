@@ -85,8 +85,12 @@ class HostRoom:
                 self._locked.append(chunk)
 
 
+@torch.inference_mode()
 def touched(chunk: torch.Tensor) -> torch.Tensor:
-    """The uint8 `chunk`, with something written to every page, which is when the system provides it."""
+    """The uint8 `chunk`, with something written to every page, which is when the system provides it.
+
+    ComfyUI samples in inference mode, which a thread does not inherit and without which nobody may write to its tensors.
+    """
     chunk[::PAGE] = 0
     return chunk
 

@@ -103,6 +103,17 @@ def test_host_room_locks_what_has_come_with_the_next_growth(pack, monkeypatch):
     room.close()
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_host_room_serves_whatever_mode_it_is_asked_in(mode, pack):
+    host = pack("patches.host")
+    room = host.HostRoom()
+    with mode():
+        room.grow(3 * host.PAGE, host.PAGE)
+        room.take(host.PAGE).copy_(torch.ones(host.PAGE, dtype=torch.uint8))
+    room.take(host.PAGE)
+    room.close()
+
+
 def test_host_room_closes_while_memory_comes(pack, monkeypatch):
     host = pack("patches.host")
     monkeypatch.setattr(host, "CHUNK", 2**16)
