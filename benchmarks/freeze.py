@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 
@@ -133,35 +134,29 @@ def bandwidth() -> float:
 def asked_beforehand(sizes: Counter[int]) -> Iterator[None]:
     """That many pieces of host memory of these bytes are asked for before the runs within, and stay until they are done."""
     cache = importlib.import_module(f"{PACK}.patches.cache")
-    original = cache.HostRoom
-    room = original()
+    room = cache.HostRoom()
     for size, count in sizes.items():
         room.grow(room.size + count * size, size)
-    let_go, room.close = room.close, lambda: None
-    cache.HostRoom = lambda: room
-    try:
+    with (
+        contextlib.closing(room),
+        mock.patch.object(cache, "HostRoom", lambda: room),
+        mock.patch.object(room, "close", lambda: None),
+    ):
         yield
-    finally:
-        cache.HostRoom = original
-        let_go()
 
 
 @contextlib.contextmanager
 def noting_pieces(sizes: Counter[int]) -> Iterator[None]:
     """Counts the pieces of host memory that the runs within take, by their bytes."""
     cache = importlib.import_module(f"{PACK}.patches.cache")
-    original = cache.HostRoom
 
-    class Noting(original):  # type: ignore[misc, valid-type]
+    class Noting(cache.HostRoom):  # type: ignore[misc, name-defined]
         def take(self, size: int) -> torch.Tensor:
             sizes[size] += 1
             return super().take(size)
 
-    cache.HostRoom = Noting
-    try:
+    with mock.patch.object(cache, "HostRoom", Noting):
         yield
-    finally:
-        cache.HostRoom = original
 
 
 def interrupted(patched: Any, clip: ltx2.Clip, sigmas: tuple[float, ...], device: str) -> dict[str, float]:
