@@ -17,10 +17,10 @@ ALIGNMENT = 512
 class HostRoom:
     """Pieces cut from chunks that are page-locked out of ComfyUI's share, and let go by `close`.
 
-    A chunk is cut into pieces of one size, so that nothing of it is left over. Getting a GiB from the system takes a
-    CPU about half a second: `grow` early, it leaves that to a thread. Locking what is there is quick, and stays with
-    the callers' thread, for ComfyUI's books are not made for several. What ComfyUI does not lock (switched off, or its
-    share is used up) serves as well, only slower. `grow` and `take` raise RuntimeError where there is no memory.
+    A chunk is cut into pieces of one size, so that nothing of it is left over. Getting memory from the system takes
+    much longer than locking it: `grow` early, it leaves that to a thread. Locking stays with the callers' thread, for
+    ComfyUI's books are not made for several. What ComfyUI does not lock (switched off, or its share is used up) serves
+    as well, only slower. `grow` and `take` raise RuntimeError where there is no memory.
     """
 
     def __init__(self) -> None:
