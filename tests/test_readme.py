@@ -209,6 +209,9 @@ def test_what_the_readme_says_about_strides_of_the_teacher(strides):
     assert [f"{cost:.0%}" for cost, _, _ in windowed] == ["92%", "64%"]
     for rows, (_, figures, _) in zip((short, long), windowed, strict=True):
         assert abs(figures["frechet_all"] / rows[NEAREST][1]["frechet_all"] - 1) < 0.05
+    taking_over = "stride 2, motion, full length from σ 0.75"
+    costs = [f"{long[name][0]:.0%}" for name in (taking_over, f"{taking_over} with a window")]
+    assert costs == ["69%", "49%"] and long[f"{taking_over} with a window"][1]["frechet_all"] < 0.73
     assert f"{short['stride 2, motion'][1]['drift']:.3f}" == "1.128", "an eighth"
     assert long["stride 3, motion"][1]["frechet_all"] < 1 and 4 < short["stride 4, motion"][1]["fast"] < 4.5
 
