@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from . import backend
 from .freeze import BLOCKS, WORK, Freeze
+from .kernels.half import saturated
 from .layouts.layout import Layout
+from .recorder import outliving_blocks
 from .reuse import Moment, Place
-from .shadow import shadowed
+from .shadow import shadowed, uncompiled
 from .technique import NO_OPTIONS
 
 
@@ -50,13 +53,27 @@ def _forward_work(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    if moment.has(place, like=x):
-        return moment.value(place)
+    value = _recall(moment, place, x)
+    if value is not None:
+        return value
     out = original(x, *args, **kwargs)
-    moment.computed += 1
-    if moment.is_stored:
-        moment.store(place, out.detach())
+    _remember(moment, place, out)
     return out
+
+
+# What keeps and recalls is Python that torch.compile has nothing to gain from.
+@torch.compiler.disable
+def _recall(moment: Moment, place: Place, like: torch.Tensor) -> torch.Tensor | None:
+    if moment.meets_exchange(backend.in_force()) or not moment.has(place, like):
+        return None
+    return moment.value(place)
+
+
+@torch.compiler.disable
+def _remember(moment: Moment, place: Place, value: torch.Tensor) -> None:
+    moment.computed += 1
+    if moment.is_stored and backend.in_force() == moment.backend:
+        moment.store(place, value.detach())
 
 
 def _whole(
@@ -68,47 +85,60 @@ def _whole(
             yield layout.blocks[index], partial(_forward_block, stretch, index)
 
 
+@torch.compiler.disable(recursive=False)
+def _forward_block(
+    stretch: _Stretch, index: int, original: Callable[..., Any], stream: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if stretch.is_frozen_at(index, stream, "transformer_options" in kwargs):
+        return stretch.skip(index, original, stream, *args, **kwargs)
+    out = original(stream, *args, **kwargs)
+    stretch.leave(index, out)
+    return out
+
+
 class _Stretch:
     """Neighbouring blocks whose contributions to the video stream are kept as one."""
 
     def __init__(self, moment: Moment, layout: Layout, indices: range) -> None:
         self.moment, self.layout, self.indices = moment, layout, indices
+        self.place = indices.start, "block"
         self.before: torch.Tensor | None = None
         self.is_frozen = False
 
-    def enter(self, video: torch.Tensor, has_options: bool) -> torch.Tensor | None:
-        """What the first block of a frozen stretch adds, or None where all are computed."""
-        place = self.indices[0], "block"
-        self.is_frozen = self.moment.has(place, like=video)
+    @torch.compiler.disable
+    def is_frozen_at(self, index: int, stream: Any, has_options: bool) -> bool:
+        """Whether the block leaves video out; decided at the first one for all."""
+        if index == self.indices[0]:
+            self._enter(self.layout.video_of(stream), has_options)
+        return self.is_frozen
+
+    @torch.compiler.disable
+    def skip(self, index: int, original: Callable[..., Any], stream: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the block puts out if it leaves video out; the first one adds what all of them would have added."""
+        added = self.moment.value(self.place) if index == self.indices[0] else None
+        out = self.layout.beside_video(partial(uncompiled, original), stream, *args, **kwargs)
+        if added is not None:
+            saturated(self.layout.video_of(out).add_(added))
+        return out
+
+    @torch.compiler.disable
+    def leave(self, index: int, out: Any) -> None:
+        """After a computed block: behind the last one, keep what they have added."""
+        self.moment.computed += 1
+        if index != self.indices[-1] or self.before is None:
+            return
+        before, self.before = self.before, None
+        added = before.neg_().add_(self.layout.video_of(out).detach())
+        self.moment.store(self.place, saturated(added))
+
+    def _enter(self, video: torch.Tensor, has_options: bool) -> None:
+        self.is_frozen, self.before = False, None
+        if self.moment.meets_exchange(backend.in_force()):
+            return
+        self.is_frozen = self.moment.has(self.place, like=video)
         if self.is_frozen and self.layout.has_other_streams and not has_options:
             self.is_frozen, self.moment.obstacle = False, NO_OPTIONS
-        if self.is_frozen:
-            return self.moment.value(place)
-        # Blocks write into what they are given.
-        self.before = torch.clone(video.detach()) if self.moment.is_stored else None
-        return None
-
-    def leave(self, video: torch.Tensor) -> None:
-        before, self.before = self.before, None
-        if before is not None:
-            self.moment.store((self.indices[0], "block"), before.neg_().add_(video.detach()))
-
-
-@torch.compiler.disable(recursive=False)
-def _forward_block(
-    stretch: _Stretch, index: int, original: Callable[..., Any], stream: Any, *args: Any, **kwargs: Any
-) -> Any:
-    layout = stretch.layout
-    added = None
-    if index == stretch.indices[0]:
-        added = stretch.enter(layout.video_of(stream), "transformer_options" in kwargs)
-    if stretch.is_frozen:
-        out = layout.beside_video(original, stream, *args, **kwargs)
-        if added is not None:
-            layout.video_of(out).add_(added)
-        return out
-    out = original(stream, *args, **kwargs)
-    stretch.moment.computed += 1
-    if index == stretch.indices[-1]:
-        stretch.leave(layout.video_of(out))
-    return out
+        if not self.is_frozen and self.moment.is_stored:
+            # Blocks write into what they are given, and a stretch may be longer than one.
+            with outliving_blocks():
+                self.before = torch.clone(video.detach())

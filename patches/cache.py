@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .host import HostRoom
+from .recorder import outliving_blocks
 
 GPU, HOST = "gpu", "cpu"
 AUTO = "auto"
@@ -120,15 +121,16 @@ class Kept:
         self.taken: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
         self._ahead: Parts | None = None
-        parts = pack(tensor) if is_packed else (tensor,)
-        if self.is_far:
-            self.taken = shelf.host_buffer(sum(part.nbytes for part in parts))
-            self.buffers = carved(self.taken, parts)
-        else:
-            self.buffers = tuple(
-                torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts
-            )
-        self.write(parts)
+        with outliving_blocks():
+            parts = self._parts(tensor)
+            if self.is_far:
+                self.taken = shelf.host_buffer(sum(part.nbytes for part in parts))
+                self.buffers = carved(self.taken, parts)
+            else:
+                self.buffers = tuple(
+                    torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts
+                )
+            self._write(parts)
 
     @property
     def nbytes(self) -> int:
@@ -139,9 +141,16 @@ class Kept:
 
     def overwrite(self, tensor: torch.Tensor) -> None:
         """Keep `tensor`, which fits, instead."""
-        self.write(pack(tensor) if self.is_packed else (tensor,))
+        with outliving_blocks():
+            self._write(self._parts(tensor))
 
-    def write(self, parts: Parts) -> None:
+    def _parts(self, tensor: torch.Tensor) -> Parts:
+        if self.is_packed:
+            return pack(tensor)
+        # What another stream reads must not be the memory of a block.
+        return (tensor.clone() if self._has_stream else tensor,)
+
+    def _write(self, parts: Parts) -> None:
         """Copy `parts` into the buffers."""
         self._ahead = None
         if not self._has_stream:
@@ -179,7 +188,7 @@ class Kept:
 
     @property
     def _has_stream(self) -> bool:
-        return self.is_far and self.device.type == "cuda"
+        return self.is_far and has_streams(self.device)
 
     def _here(self) -> Parts:
         if not self.is_far:
@@ -214,6 +223,11 @@ def pack(tensor: torch.Tensor) -> Parts:
 def unpack(parts: Parts) -> torch.Tensor:
     scale, values = parts
     return values.to(scale.dtype).mul_(scale)
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether copies can run beside what is computed there."""
+    return device.type == "cuda"
 
 
 def has_fp8(device: torch.device) -> bool:

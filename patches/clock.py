@@ -18,9 +18,18 @@ class SigmaClock:
     def steps(self) -> int:
         return max(len(self.sigmas) - 1, 0)
 
+    @property
+    def is_rising(self) -> bool:
+        """Whether the schedule goes from clean to noise, as inversion samplers do."""
+        return self.steps > 0 and self.sigmas[-1] > self.sigmas[0]
+
+    def is_earlier(self, sigma: float, other: float) -> bool:
+        """Whether `sigma` comes before `other` in such a schedule."""
+        return sigma * (1 + 1e-5) < other if self.is_rising else sigma > other * (1 + 1e-5)
+
     def step_at(self, sigma: float) -> int:
         """The step that `sigma` belongs to: its own, or that during which a sampler evaluates between two."""
-        reached = [i for i in range(self.steps) if self.sigmas[i] >= sigma * (1 - 1e-5)]
+        reached = [i for i in range(self.steps) if not self.is_earlier(sigma, self.sigmas[i])]
         return max(reached, default=0)
 
     def is_within(self, sigma: float, start_percent: float, end_percent: float) -> bool:

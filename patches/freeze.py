@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import torch
 
+from . import backend
 from .cache import DEFAULT, PLACEMENTS, PRECISIONS
 from .clock import SigmaClock
 from .kernels.split_softmax import attend_anew, has_lse, own_frame
 from .layouts.layout import Role, Stream
-from .reuse import CACHE_FULL, Rhythm
+from .reuse import ATTENTION_EXCHANGED, CACHE_FULL, Rhythm
 from .technique import Attend, AttentionCall, AttentionTechnique, ScheduledTechnique
 
 ATTENTION, WORK, BLOCKS = "spatial attention", "per-frame work", "whole blocks"
@@ -157,6 +158,8 @@ class FrozenAttention(Freeze, AttentionTechnique):
         """Why this call can be split at no step, or None."""
         if not self.blocks_kept <= call.site.block < call.site.blocks - self.blocks_kept:
             return KEPT_BLOCK
+        if call.moment is not None and call.moment.backend != backend.in_force():
+            return ATTENTION_EXCHANGED
         if call.is_foreign:
             return FOREIGN_OVERRIDE
         if call.is_covered:

@@ -12,6 +12,7 @@ import comfy.model_management as mm
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from . import backend
 from .attention import OVERRIDE, Forward, bound_attention
 from .blocks import bound_blocks
 from .cache import FP8, GPU, HOST
@@ -215,9 +216,10 @@ def _block_patches(options: dict[str, Any]) -> dict[Any, Any]:
     return options.get("patches_replace", {}).get("dit", {})
 
 
-def _foreign(options: dict[str, Any]) -> tuple[dict[Any, Any], bool]:
-    """What others have put in the place of blocks, and whether in that of attention."""
-    return dict(_block_patches(options)), OVERRIDE in options
+def _places(options: dict[str, Any]) -> tuple[Any, ...]:
+    """What others have put something into: the places of blocks, and the slot of attention. Functions tell nothing."""
+    replaced = options.get("patches_replace", {})
+    return OVERRIDE in options, *sorted(((kind, *sorted(map(str, at))) for kind, at in replaced.items() if at))
 
 
 def _begin(
@@ -241,15 +243,19 @@ def _begin(
             tuple(text.shape) if isinstance(text, torch.Tensor) else None,
             layout.shapes,
             x.dtype,
+            # Guiders leave blocks or parts of them out in passes that are to come out worse.
+            layout.pass_options,
+            _places(options),
         ),
         window=layout.window_frames,
-        # Guiders leave blocks out, or replace attention, in passes that are to come out worse.
-        is_perturbed=not run.is_as_ever(_foreign(options)) or layout.is_perturbed,
         device=x.device,
     )
-    return run.reuse.begin(subject, sigma, run.evaluations)
+    moment = run.reuse.begin(subject, sigma, run.evaluations)
+    moment.backend = backend.in_force()
+    return moment
 
 
+@torch.compiler.disable(recursive=False)
 def _diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """A forward with frozen blocks or parts of them streams only the weights that it still needs, none ahead."""
     for given in (*args, *kwargs.values()):

@@ -11,17 +11,19 @@ import torch
 
 from .cache import Kept, Shelf
 from .clock import SigmaClock
+from .kernels.half import saturated
 
 OUTSIDE_RANGE = "OUTSIDE_RANGE"
 FULL_STEP = "FULL_STEP"
 LAST_STEP = "LAST_STEP"
 NO_SCHEDULE = "NO_SCHEDULE"
-PERTURBED = "PERTURBED"
 WINDOW_MOVED = "WINDOW_MOVED"
 SIGMA_ROSE = "SIGMA_ROSE"
+SIGMA_FELL = "SIGMA_FELL"
 CACHE_FULL = "CACHE_FULL"
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
 NOT_REACHED = "NOT_REACHED"
+ATTENTION_EXCHANGED = "ATTENTION_EXCHANGED"
 
 Place = tuple[int, str]
 
@@ -30,13 +32,12 @@ Place = tuple[int, str]
 class Subject:
     """What a forward computes, as far as another forward's results may stand in for it.
 
-    conds: everything that has to be the same: ids of the conds, shapes. window: the frames of a context window, None
-    without. is_perturbed: a pass that computes something else on purpose.
+    conds: everything that has to be the same: ids of the conds, shapes, and by what a guider tells one pass over the same
+    conds from another. window: the frames of a context window, None without.
     """
 
     conds: Hashable
     window: tuple[int, ...] | None
-    is_perturbed: bool
     device: torch.device
 
 
@@ -59,7 +60,7 @@ class Held:
             return newest
         # Never further than the two values lie apart: beyond that the line leads anywhere.
         ahead = min((sigma - self.sigma) / (self.sigma - self.older_sigma), 1.0)
-        return torch.lerp(self.older.tensor(), newest, 1 + ahead)
+        return saturated(torch.lerp(self.older.tensor(), newest, 1 + ahead))
 
 
 @dataclass
@@ -110,14 +111,13 @@ class Reuse:
                 self._evaluation = evaluation or sigma
                 self._turn += 1
                 self._seen.clear()
-                # Conds that were batched otherwise, or not at all, the last time: nobody will ask for these again.
-                for stale in [key for key, slot in self._slots.items() if slot.turn < self._turn - 1]:
-                    self._drop(stale)
+                for useless in [key for key, slot in self._slots.items() if not self._may_serve(slot, step)]:
+                    self._drop(useless)
             key = subject, self._seen[subject]
             self._seen[subject] += 1
-            if subject.is_perturbed:
-                return Moment(self, Slot(), sigma, step, PERTURBED, False)
             if self._is_given_up:
+                for given_up in [key for key in self._slots if key[0].device == subject.device]:
+                    self._drop(given_up)
                 return Moment(self, Slot(), sigma, step, OUT_OF_MEMORY, False)
             reason = self._reason(key, step, sigma)
             is_stored = reason is not None and self._is_worth_storing(step)
@@ -128,6 +128,16 @@ class Reuse:
             elif reason is not None and not any(later > step for later in self.rhythm.frozen):
                 self._drop(key)
         return Moment(self, slot, sigma, step, reason, is_stored)
+
+    def keep(self, value: torch.Tensor, is_exact: bool) -> Kept | None:
+        """A copy of `value`, for which passes that the sampler has left out make room, longest unseen first."""
+        while (kept := self.shelf.keep(value, is_exact)) is None:
+            with self._lock:
+                unseen = [key for key, slot in self._slots.items() if slot.turn < self._turn - 1]
+                if not unseen:
+                    return None
+                self._drop(min(unseen, key=lambda key: self._slots[key].turn))
+        return kept
 
     def make_ready(self, step: int, piece: int) -> None:
         """After a forward of `step`: prepare a part of the room that the coming steps will need, in such pieces."""
@@ -171,9 +181,9 @@ class Reuse:
     def _reason(self, key: tuple[Subject, int], step: int, sigma: float) -> str | None:
         """Why the forward is computed in full, or None."""
         slot = self._slots.get(key)
-        if slot is not None and sigma > slot.sigma * (1 + 1e-5):
+        if slot is not None and self.clock.is_earlier(sigma, slot.sigma):
             self._drop(key)
-            return SIGMA_ROSE
+            return SIGMA_FELL if self.clock.is_rising else SIGMA_ROSE
         if slot is not None:
             slot.sigma = sigma
         if step not in self.rhythm.within:
@@ -184,6 +194,14 @@ class Reuse:
             return WINDOW_MOVED if self._has_moved(key) else FULL_STEP
         is_fresh = slot.step >= self.rhythm.within[0] and 0 < step - slot.step < self.rhythm.refresh_every
         return None if is_fresh else FULL_STEP
+
+    def _may_serve(self, slot: Slot, step: int) -> bool:
+        """Whether what is kept can still be reused, or be one end of the line that a forecast follows.
+
+        Passes may be left out for some evaluations and come back.
+        """
+        reach = self.rhythm.refresh_every * (2 if self.rhythm.has_forecast else 1)
+        return slot.step < 0 or abs(step - slot.step) <= reach
 
     def _has_moved(self, key: tuple[Subject, int]) -> bool:
         """Whether the same conds were there with another window; what that left is let go."""
@@ -223,6 +241,7 @@ class Moment:
     """One forward: frozen (`reason` is None), or full, and then perhaps one to keep from.
 
     piece: bytes of one kept value. obstacle: why a frozen forward had to compute something, if not for want of room.
+    backend: ComfyUI's attention functions when the forward began.
     """
 
     reuse: Reuse
@@ -237,10 +256,21 @@ class Moment:
     refused: int = 0
     piece: int = 0
     obstacle: str = CACHE_FULL
+    backend: object = None
+    exchanged: int = 0
 
     @property
     def is_frozen(self) -> bool:
         return self.reason is None
+
+    def meets_exchange(self, backend: object) -> bool:
+        """Whether somebody exchanges attention where this is asked, to perturb it: nothing is reused or kept there.
+
+        Who does so counts the calls, and a call that we leave out would be another one's perturbation.
+        """
+        is_exchanged = backend != self.backend
+        self.exchanged += is_exchanged
+        return is_exchanged
 
     def expect(self, like: torch.Tensor) -> None:
         """What is to be kept will be such tensors."""
@@ -265,12 +295,11 @@ class Moment:
     def store(self, place: Place, value: torch.Tensor, is_exact: bool = False) -> None:
         """Keep a copy of a full value of this forward. is_exact: whatever precision the cache has."""
         held = self.slot.held.get(place)
-        shelf = self.reuse.shelf
         if held is not None and not held.newest.fits(value):
             self.reuse.release(self.slot.held.pop(place))
             held = None
         if held is None:
-            kept = shelf.keep(value, is_exact)
+            kept = self.reuse.keep(value, is_exact)
             if kept is not None:
                 self.slot.held[place] = Held(kept, self.sigma)
         elif not self.reuse.rhythm.has_forecast or self.slot.step == self.step:
@@ -281,7 +310,7 @@ class Moment:
         else:
             kept = held.older
             if kept is None:
-                kept = shelf.keep(value, is_exact)
+                kept = self.reuse.keep(value, is_exact)
             else:
                 kept.overwrite(value)
             if kept is not None:
@@ -303,7 +332,9 @@ class Moment:
             if self.stored:
                 self.slot.step, self.slot.sigma = self.step, self.sigma
             return [self.reason, *([CACHE_FULL] if self.refused else [])]
-        return [None] if self.reused else [self.obstacle]
+        if not self.reused:
+            return [ATTENTION_EXCHANGED if self.exchanged else self.obstacle]
+        return [None, *([ATTENTION_EXCHANGED] if self.exchanged else [])]
 
     def _fetch_next(self, place: Place) -> None:
         """Start the way back of what the next block needs."""

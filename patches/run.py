@@ -34,7 +34,6 @@ class Run:
         self.plan = tuple(plan)
         self.clock = clock
         self.has_guidance = True
-        self._foreign: Any = None
         self._lock = threading.Lock()
         self._tallies = {technique.name: Tally() for technique in self.plan}
         self._evaluations = 0
@@ -61,13 +60,6 @@ class Run:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         return self
-
-    def is_as_ever(self, foreign: Any) -> bool:
-        """Whether what other packs have put into the model is what the run's first forward had."""
-        with self._lock:
-            if self._foreign is None:
-                self._foreign = foreign
-            return bool(foreign == self._foreign)
 
     def count_evaluation(self) -> None:
         with self._lock:

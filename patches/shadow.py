@@ -1,4 +1,9 @@
-"""Replaced `forward`s of modules, for as long as one call lasts."""
+"""Replaced `forward`s of modules, for as long as one call lasts, also where torch.compile is at work.
+
+Code that torch.compile has made may be deaf to what it is told by options: ComfyUI's compile node drops every guard on
+them. So whatever we tell a module by options goes to it `uncompiled`, and the replacements themselves are no part of
+what is compiled.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,26 @@ from functools import partial
 from typing import Any
 
 import torch
+
+
+@torch.compiler.disable
+def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)` as written, even if it or something in it is compiled."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if set_stance is None:  # Before torch 2.6 only what is compiled itself can be undone.
+        return getattr(function, "_torchdynamo_orig_callable", function)(*args, **kwargs)
+    with set_stance("force_eager"):
+        return function(*args, **kwargs)
+
+
+def is_rewritten(module: torch.nn.Module) -> bool:
+    """Whether another pack has put a `forward` of its own over the module's; torch.compile's does not count."""
+    return "forward" in vars(inner(module))
+
+
+def inner(module: torch.nn.Module) -> torch.nn.Module:
+    """The module itself where torch.compile has wrapped it."""
+    return getattr(module, "_orig_mod", module)
 
 
 @contextmanager

@@ -88,8 +88,8 @@ class Layout(ABC):
 
     @property
     @abstractmethod
-    def is_perturbed(self) -> bool:
-        """Whether a guider wants this forward to compute something else than the model would."""
+    def pass_options(self) -> Hashable:
+        """What guiders tell this pass apart by: the options with which they switch parts of the model off."""
 
     @property
     @abstractmethod
@@ -112,6 +112,10 @@ class Layout(ABC):
     def seconds(self, clip_frames: int) -> float | Unclear:
         """How long so many latent frames last in this forward."""
 
+    @abstractmethod
+    def sound_seconds(self) -> float | None:
+        """How long the sound beside the video lasts, None without any or where it is not that of the video's frames."""
+
     @property
     @abstractmethod
     def frame_rate(self) -> float | None:
@@ -130,3 +134,16 @@ class Layout(ABC):
 
         `mask` is the one given to the attention call, `module_mask` the one given to the module around it.
         """
+
+    @abstractmethod
+    def is_self_attention(
+        self, q: torch.Tensor, k: torch.Tensor, tokens: VideoTokens, given: Mapping[str, Any]
+    ) -> bool | Unclear:
+        """Whether a block, called with the named arguments `given`, itself lets the video attend to itself by this call.
+
+        So it does where another pack has rewritten the block: no module tells the role of the call then.
+        """
+
+    @abstractmethod
+    def block_mask(self, given: Mapping[str, Any]) -> Any:
+        """The mask that a block, called with these named arguments, gives its video self-attention."""

@@ -24,21 +24,33 @@ ROLES = {
 }
 
 # Options with which guiders (spatio-temporal guidance, multimodal guidance) switch parts of a pass off.
-STREAMS = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn")
-PERTURBATIONS = ("stg_indexes", "ptb_index")
+RUN_VIDEO = "run_vx"
+PASS_OPTIONS = (
+    RUN_VIDEO,
+    "run_ax",
+    "a2v_cross_attn",
+    "v2a_cross_attn",
+    "stg_indexes",
+    "stg_self_attn_blocks",
+    "ptb_index",
+)
 CHANNELS = 128
 
 UNCLEAR_SHAPE = "UNCLEAR_SHAPE"
 UNCLEAR_QUERY = "UNCLEAR_QUERY"
+UNCLEAR_CALL = "UNCLEAR_CALL"
 NO_FRAME_RATE = "NO_FRAME_RATE"
+NO_VIDEO = "NO_VIDEO"
 
 
 def read(
     model: Any, x: torch.Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]
-) -> LtxLayout | None:
+) -> LtxLayout | Unclear | None:
     """The layout of this forward if `model` is of the LTX family, else None."""
-    if not any(base.__name__ in CLASS_NAMES for base in type(model).__mro__):
+    if not is_ltx(model):
         return None
+    if not options.get(RUN_VIDEO, True):
+        return Unclear(NO_VIDEO)
     return LtxLayout(model, x, options, conds)
 
 
@@ -51,9 +63,7 @@ class LtxLayout(Layout):
         self._denoise_mask = conds.get("denoise_mask")
         self._frame_rate = conds.get("frame_rate")
         self._window = options.get("context_window")
-        self._is_perturbed = not all(options.get(name, True) for name in STREAMS) or any(
-            options.get(name) not in (None, [], ()) for name in PERTURBATIONS
-        )
+        self._pass_options = tuple(_hashable(options.get(name)) for name in PASS_OPTIONS)
         anchor = getattr(self._window, "causal_anchor_index", None)
         self._anchors = int(anchor is not None and anchor >= 0)
 
@@ -82,7 +92,7 @@ class LtxLayout(Layout):
     def beside_video(self, block: Callable[..., Any], stream: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.has_other_streams:
             return stream
-        options = {**kwargs.pop("transformer_options"), "run_vx": False}
+        options = {**kwargs.pop("transformer_options"), RUN_VIDEO: False}
         return block(stream, *args, transformer_options=options, **kwargs)
 
     @property
@@ -90,8 +100,8 @@ class LtxLayout(Layout):
         return self._shapes, self.video_tokens()
 
     @property
-    def is_perturbed(self) -> bool:
-        return self._is_perturbed
+    def pass_options(self) -> Hashable:
+        return self._pass_options
 
     @property
     def window_frames(self) -> tuple[int, ...] | None:
@@ -134,6 +144,13 @@ class LtxLayout(Layout):
         rate = self.frame_rate
         return Unclear(NO_FRAME_RATE) if rate is None else (8 * (clip_frames - 1) + 1) / rate
 
+    def sound_seconds(self) -> float | None:
+        patchifier = getattr(self._model, "a_patchifier", None)
+        if self._window is not None or patchifier is None or len(self._shapes) < 2:
+            return None
+        a_second = patchifier.sample_rate / patchifier.hop_length / patchifier.audio_latent_downsample_factor
+        return float(self._shapes[1][2] / a_second) or None
+
     @property
     def frame_rate(self) -> float | None:
         rate = self._frame_rate
@@ -162,9 +179,35 @@ class LtxLayout(Layout):
         return Unclear(UNCLEAR_QUERY)
 
 
+    def is_self_attention(
+        self, q: torch.Tensor, k: torch.Tensor, tokens: VideoTokens, given: Mapping[str, Any]
+    ) -> bool | Unclear:
+        width = int(self._model.inner_dim)
+        if q.ndim != 3 or q.shape[-1] != width or k.shape[-1] != width or k.shape[1] != tokens.total:
+            return False
+        text = given.get("v_context", given.get("context"))
+        return Unclear(UNCLEAR_CALL) if text is None or text.shape[1] == tokens.total else True
+
+    def block_mask(self, given: Mapping[str, Any]) -> Any:
+        return given.get("self_attention_mask")
+
+
+def is_ltx(model: Any) -> bool:
+    return any(base.__name__ in CLASS_NAMES for base in type(model).__mro__)
+
+
+def _hashable(value: Any) -> Hashable:
+    """An option by its value: what cannot be compared by value, by its type."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted((_hashable(item) for item in value), key=repr))
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
+
+
 def stream_of(model: Any, noise_shape: tuple[int, ...]) -> Stream | None:
     """The stream that this noise makes: [B,128,T,h,w], or packed with audio [B,1,n]."""
-    if not any(base.__name__ in CLASS_NAMES for base in type(model).__mro__):
+    if not is_ltx(model):
         return None
     places = math.prod(noise_shape[2:]) // (CHANNELS if len(noise_shape) == 3 else 1)
     blocks = model.transformer_blocks

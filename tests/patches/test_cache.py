@@ -184,7 +184,7 @@ def reuse(pack):
 
 
 def begun(reuse, pack, sigma=1.0, evaluation=1):
-    subject = pack("patches.reuse").Subject(("cond",), None, False, torch.device("cpu"))
+    subject = pack("patches.reuse").Subject(("cond",), None, torch.device("cpu"))
     return reuse.begin(subject, sigma, evaluation)
 
 
