@@ -64,7 +64,7 @@ def _forward_work(
 # What keeps and recalls is Python that torch.compile has nothing to gain from.
 @torch.compiler.disable
 def _recall(moment: Moment, place: Place, like: torch.Tensor) -> torch.Tensor | None:
-    if moment.meets_exchange(backend.in_force()) or not moment.has(place, like):
+    if moment.is_exchanged(place[0], backend.in_force()) or not moment.has(place, like):
         return None
     return moment.value(place)
 
@@ -72,7 +72,7 @@ def _recall(moment: Moment, place: Place, like: torch.Tensor) -> torch.Tensor | 
 @torch.compiler.disable
 def _remember(moment: Moment, place: Place, value: torch.Tensor) -> None:
     moment.computed += 1
-    if moment.is_stored and backend.in_force() == moment.backend:
+    if moment.is_stored and place[0] not in moment.reuse.exchanged_blocks:
         moment.store(place, value.detach())
 
 
@@ -133,7 +133,7 @@ class _Stretch:
 
     def _enter(self, video: torch.Tensor, has_options: bool) -> None:
         self.is_frozen, self.before = False, None
-        if self.moment.meets_exchange(backend.in_force()):
+        if self.moment.is_exchanged(self.place[0], backend.in_force()):
             return
         self.is_frozen = self.moment.has(self.place, like=video)
         if self.is_frozen and self.layout.has_other_streams and not has_options:

@@ -158,7 +158,7 @@ class FrozenAttention(Freeze, AttentionTechnique):
         """Why this call can be split at no step, or None."""
         if not self.blocks_kept <= call.site.block < call.site.blocks - self.blocks_kept:
             return KEPT_BLOCK
-        if call.moment is not None and call.moment.backend != backend.in_force():
+        if call.moment is not None and call.moment.is_exchanged(call.site.block, backend.in_force()):
             return ATTENTION_EXCHANGED
         if call.is_foreign:
             return FOREIGN_OVERRIDE

@@ -98,6 +98,7 @@ class Reuse:
         self._evaluation: float = -1
         self._turn = 0
         self._is_given_up = False
+        self.exchanged_blocks: set[int] = set()
         self._lock = threading.Lock()
 
     def begin(self, subject: Subject, sigma: float, evaluation: int) -> Moment:
@@ -263,12 +264,15 @@ class Moment:
     def is_frozen(self) -> bool:
         return self.reason is None
 
-    def meets_exchange(self, backend: object) -> bool:
-        """Whether somebody exchanges attention where this is asked, to perturb it: nothing is reused or kept there.
+    def is_exchanged(self, block: int, backend: object) -> bool:
+        """Whether somebody exchanges attention in this block, to perturb it: nothing is reused or kept there, in any pass.
 
-        Who does so counts the calls, and a call that we leave out would be another one's perturbation.
+        Who does so counts the calls, and a call that we leave out would be another one's perturbation. Passes over the same
+        conds are subtracted from each other: what is fresh in one is fresh in all, so that only the perturbation is left.
         """
-        is_exchanged = backend != self.backend
+        if backend != self.backend:
+            self.reuse.exchanged_blocks.add(block)
+        is_exchanged = block in self.reuse.exchanged_blocks
         self.exchanged += is_exchanged
         return is_exchanged
 
