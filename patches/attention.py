@@ -68,7 +68,9 @@ def _shadows(
         elif site.block in rewritten:
             yield module, _forward_other_module
     if Role.VIDEO_SELF in roles:
-        modules = {site.block: module for module, site in forward.layout.sites() if site.role is Role.VIDEO_SELF}
+        modules = {
+            site.block: module for module, site in forward.layout.sites() if site.role is Role.VIDEO_SELF
+        }
         for index, block in rewritten.items():
             site = Site(Role.VIDEO_SELF, index, len(forward.layout.blocks))
             yield block, partial(_forward_rewritten_block, forward, site, modules.get(index))
@@ -170,6 +172,7 @@ def _override(
     given = dict(zip(PARAMETERS, args, strict=False))
     given.update(kwargs)
     given["transformer_options"] = options
+    below: Callable[..., torch.Tensor]
     if OVERRIDE in options:
         below = partial(options[OVERRIDE], func)
     else:

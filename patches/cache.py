@@ -148,7 +148,7 @@ class Kept:
         if self.is_packed:
             return pack(tensor)
         # What another stream reads must not be the memory of a block.
-        return (tensor.clone() if self._has_stream else tensor,)
+        return (torch.clone(tensor) if self._has_stream else tensor,)
 
     def _write(self, parts: Parts) -> None:
         """Copy `parts` into the buffers."""

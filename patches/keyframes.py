@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,12 +18,18 @@ OTHER_LENGTH = "OTHER_LENGTH"
 class KeyframeTimes(CallTechnique):
     """A clip of `strided_frames` latent frames lasts `stride` times as long; one of `frames` is left alone.
 
-    So one MODEL serves a strided stage and a full-length one. frame_rate: the full one as the user told it, 0 if not.
+    So one MODEL serves a strided stage and a full-length one. Samplers that make a clip piece by piece show other lengths:
+    the sound beside a piece tells its rate, a piece longer than the strided clip is one of the full rate, and of a shorter
+    one nobody can tell. frame_rate: the full one as the user told it, 0 if not.
     """
 
     name: ClassVar[str] = "keyframe stride"
     stage: ClassVar[int] = 5
     expected: ClassVar[frozenset[str]] = frozenset({FULL_LENGTH})
+    advice_if_never_needed: ClassVar[str] = (
+        "No run with this MODEL was strided so far. If this one was to be, give the sampler the LATENT of Keyframe Stride; "
+        "a sampler that makes its own latent needs the strided number of frames."
+    )
 
     stride: int
     frames: int
@@ -43,13 +50,37 @@ class KeyframeTimes(CallTechnique):
         )
 
     def adapt(self, layout: Layout) -> Mapping[str, Any] | str:
+        """Raises ValueError for a piece of a clip whose rate cannot be told."""
         given = layout.clip_frames()
         if isinstance(given, Unclear):
             return given.reason
+        if given == self.frames:
+            return FULL_LENGTH
         if given != self.strided_frames:
-            return FULL_LENGTH if given == self.frames else OTHER_LENGTH
+            stretch = self._stretch_of_piece(given, layout)
+            if stretch is None:
+                raise ValueError(
+                    f"model: Keyframe Stride made it for a clip of {self.strided_frames} latent frames at stride "
+                    f"{self.stride}, or for the full length of {self.frames}, but a sampler gave it a piece of {given}, and "
+                    "nothing tells the rate of that piece. Give the strided MODEL to the stage that samples the strided "
+                    "LATENT in one piece, and the MODEL from before Keyframe Stride to samplers that loop, extend or cut."
+                )
+            if stretch == 1:
+                return OTHER_LENGTH
         change = layout.stretched(self.stride)
         return change.reason if isinstance(change, Unclear) else change
+
+    def _stretch_of_piece(self, frames: int, layout: Layout) -> int | None:
+        """How many times as long a piece of so many latent frames lasts as it would at the full rate, if it can be told."""
+        if frames == 1:  # A picture has no rate.
+            return 1
+        seconds, sound = layout.seconds(frames), layout.sound_seconds()
+        if not isinstance(seconds, Unclear) and sound:
+            nearest = min((1, self.stride), key=lambda stretch: abs(math.log(sound / (seconds * stretch))))
+            # Sound of another length entirely, as one that lasts the whole clip, tells nothing of the piece.
+            if abs(math.log(sound / (seconds * nearest))) < math.log(self.stride) / 4:
+                return nearest
+        return 1 if frames > self.strided_frames else None
 
     def warnings(self, layout: Layout) -> Iterator[str]:
         rate = layout.frame_rate

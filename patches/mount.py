@@ -72,13 +72,16 @@ def journal_of(model: Any) -> Journal | None:
 
 def _set_plan(model: Any, plan: tuple[Technique, ...]) -> None:
     options = model.model_options.setdefault("transformer_options", {})
-    for kind, wrapper in WRAPPERS.items():
+    for kind in WRAPPERS:
         model.remove_wrappers_with_key(kind, KEY)
-        if plan:
-            model.add_wrapper_with_key(kind, KEY, wrapper)
     if not plan:
         options.pop(PLAN, None)
         return
+    for kind, wrapper in WRAPPERS.items():
+        model.add_wrapper_with_key(kind, KEY, wrapper)
+    # Others sample a schedule in pieces: around ours these would be runs of their own, inside ours they are one.
+    runs = model.wrappers[WrappersMP.OUTER_SAMPLE]
+    model.wrappers[WrappersMP.OUTER_SAMPLE] = {KEY: runs.pop(KEY), **runs}
     options[PLAN] = plan
     if journal_of(model) is None:
         model.set_attachments(JOURNAL, Journal())
@@ -98,8 +101,9 @@ def _outer_sample(
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     sampling = guider.model_patcher.get_model_object("model_sampling")
     run = Run(options[PLAN], SigmaClock(tuple(float(s) for s in sigmas), sampling.percent_to_sigma))
-    for warning in run.warn_before():
-        logger.warning(warning)
+    journal = journal_of(guider.model_patcher)
+    for is_warning, line in run.warn_before(journal.records() if journal is not None else []):
+        logger.log(logging.WARNING if is_warning else logging.INFO, line)
     # As core's sampling: without guidance the negative conds are not computed.
     run.has_guidance = getattr(guider, "cfg", None) != 1 or bool(
         guider.model_options.get("disable_cfg1_optimization")
@@ -219,7 +223,9 @@ def _block_patches(options: dict[str, Any]) -> dict[Any, Any]:
 def _places(options: dict[str, Any]) -> tuple[Any, ...]:
     """What others have put something into: the places of blocks, and the slot of attention. Functions tell nothing."""
     replaced = options.get("patches_replace", {})
-    return OVERRIDE in options, *sorted(((kind, *sorted(map(str, at))) for kind, at in replaced.items() if at))
+    return OVERRIDE in options, *sorted(
+        ((kind, *sorted(map(str, at))) for kind, at in replaced.items() if at)
+    )
 
 
 def _begin(
@@ -276,15 +282,17 @@ def _prepare_sampling(
     patches = _block_patches(model_options["transformer_options"])
     stream = replace(stream, is_alone=stream.is_alone and not patches)
     shelf = run.reuse.shelf
-    shelf.rooms[HOST] = int(mm.get_free_memory(torch.device("cpu")) / 2)
+    # A run that is sampled in pieces comes here with each of them, and what is kept is no longer free.
+    shelf.rooms[HOST] = int(mm.get_free_memory(torch.device("cpu")) / 2) + shelf.taken[HOST]
     if mm.is_device_cpu(model.load_device):
-        shelf.rooms[GPU] = shelf.rooms[HOST]
+        shelf.rooms[GPU] = int(mm.get_free_memory(torch.device("cpu")) / 2) + shelf.taken[GPU]
         return executor(model, noise_shape, conds, *args, **kwargs)
     passes = sum(len(cond) for name, cond in conds.items() if run.has_guidance or name != "negative")
     numbers = stream.numbers * passes
     width = mm.dtype_size(model.model.manual_cast_dtype or model.model.get_dtype())
     wanted = numbers * (1 if shelf.precision == FP8 else width) * run.freeze.values_kept(stream)
     wanted = min(wanted, shelf.limit) if shelf.limit else wanted
+    wanted = max(0, wanted - shelf.taken.total())
     needed = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
     # ComfyUI's own estimate is far too high for packed latents; a block holds about a dozen such tensors at once.
     reserve = 16 * numbers * width
@@ -299,7 +307,8 @@ def _prepare_sampling(
     else:
         shelf.expected = min(wanted, shelf.rooms[HOST])
     out = executor(model, shape, conds, *args, **kwargs)
-    shelf.rooms[GPU] = max(0, int(mm.get_free_memory(model.load_device) - reserve)) if is_asked else 0
+    free = max(0, int(mm.get_free_memory(model.load_device) - reserve)) if is_asked else 0
+    shelf.rooms[GPU] = shelf.taken[GPU] + free
     return out
 
 
@@ -321,12 +330,14 @@ def _adapted(run: Run, layout: Layout) -> dict[str, Any]:
 
 def _close(run: Run, model: Any, finished: bool) -> None:
     record = {**run.record(), "finished": finished}
+    journal = journal_of(model)
     # A run cut short by an interrupt or somebody's error proves nothing about us.
     if finished and run.clock.steps:
         suspects = [name for name in model.object_patches if name.startswith("diffusion_model.")]
-        for is_warning, line in summarise(record, suspects):
+        earlier = journal.records() if journal is not None else []
+        advice = {technique.name: technique.advice_if_never_needed for technique in run.plan}
+        for is_warning, line in summarise(record, suspects, earlier, advice):
             logger.log(logging.WARNING if is_warning else logging.INFO, line)
-    journal = journal_of(model)
     if journal is not None:
         journal.add(record)
 

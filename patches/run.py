@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from .cache import GIB, GPU, Shelf
 from .clock import SigmaClock
 from .freeze import Freeze
+from .layouts.layout import NO_VIDEO
 from .reuse import Reuse
-from .technique import AttentionTechnique, Technique
+from .technique import NO_OPTIONS, AttentionTechnique, Technique
+
+# What the name of a reason cannot tell.
+EXPLANATIONS = {
+    NO_VIDEO: "The model is told to compute sound only.",
+    NO_OPTIONS: "Another node has rewritten the model so that its parts are not handed the options by name.",
+}
 
 
 @dataclass
@@ -98,13 +107,29 @@ class Run:
             self._said.add(warning)
             return is_new
 
-    def warn_before(self) -> list[str]:
-        """What is wrong with the plan before any step is computed."""
-        return [
-            warning
-            for technique in self.plan
-            if self.clock.steps and (warning := technique.warn_about(self.clock)) is not None
-        ]
+    def warn_before(self, earlier: Sequence[dict[str, Any]] = ()) -> list[tuple[bool, str]]:
+        """What is to be said of the plan before any step is computed, each with whether it is a warning.
+
+        earlier: records of the MODEL's runs before. Samplers that take a schedule in pieces begin a run with each, and a
+        technique has its say in some of them only: that is news only where it had none in all.
+        """
+        if not self.clock.steps:
+            return []
+        before = pieces_before(self.clock.sigmas[0], earlier)
+        goes_on = not self.clock.is_rising and self.clock.sigmas[-1] > 0
+        lines = []
+        for technique in self.plan:
+            warning = technique.warn_about(self.clock)
+            if warning is None:
+                continue
+            has_acted = any(record["techniques"].get(technique.name, {}).get("steps") for record in before)
+            if goes_on or has_acted:
+                lines.append(
+                    (False, f"{warning} This run is a piece of a schedule, with a rhythm of its own.")
+                )
+            else:
+                lines.append((True, warning))
+        return lines
 
     def record(self) -> dict[str, Any]:
         """The run in numbers and names, without tensors."""
@@ -112,6 +137,7 @@ class Run:
             share = self._computed_pairs / self._dense_pairs if self._dense_pairs else 1.0
             return {
                 "steps": self.clock.steps,
+                "sigmas": self.clock.sigmas[:1] + self.clock.sigmas[-1:],
                 "evaluations": self._evaluations,
                 "forwards": self._forwards,
                 "attention_share": share,
@@ -132,10 +158,27 @@ class Run:
             }
 
 
-def summarise(record: dict[str, Any], suspects: Sequence[str] = ()) -> list[tuple[bool, str]]:
+def pieces_before(sigma: float, earlier: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs right before that lead, one ending where the next begins, to a run that begins at `sigma`."""
+    pieces = []
+    for record in reversed(earlier):
+        if len(record["sigmas"]) < 2 or abs(record["sigmas"][1] - sigma) > 1e-5 * sigma or sigma <= 0:
+            break
+        pieces.append(record)
+        sigma = record["sigmas"][0]
+    return pieces
+
+
+def summarise(
+    record: dict[str, Any],
+    suspects: Sequence[str] = (),
+    earlier: Sequence[dict[str, Any]] = (),
+    advice: Mapping[str, str] = MappingProxyType({}),
+) -> list[tuple[bool, str]]:
     """The closing lines of a run, each with whether it is a warning.
 
-    `suspects` are object patches of other packs that may have kept us from the attention calls.
+    `suspects` are object patches of other packs that may have kept us from the attention calls; `earlier` the records
+    of runs before; `advice`, by technique, is for those that no run has needed.
     """
     lines = []
     for name, entry in record["techniques"].items():
@@ -152,17 +195,39 @@ def summarise(record: dict[str, Any], suspects: Sequence[str] = ()) -> list[tupl
                 )
             lines.append((False, f"{text}."))
         elif declined and entry["is_expected"]:
-            lines.append((False, f"{head}not needed here ({declined}); the result is stock."))
+            line = f"{head}not needed here ({declined}); the result is stock."
+            has_acted = any(old["techniques"].get(name, {}).get("taken") for old in earlier)
+            lines.append((False, line if has_acted else f"{line} {advice.get(name, '')}".rstrip()))
         elif declined:
             # A range without steps was warned about before the run.
             is_news = bool(entry["steps"])
-            lines.append((is_news, f"{head}no effect, declined: {declined}; the result is stock."))
+            explained = "".join(
+                f" {EXPLANATIONS[reason]}" for reason in entry["declined"] if reason in EXPLANATIONS
+            )
+            lines.append((is_news, f"{head}no effect, declined: {declined}; the result is stock.{explained}"))
         elif record["forwards"]:
-            cause = f" Object patches that may be why: {', '.join(suspects)}." if suspects else ""
-            lines.append((True, f"{head}no effect, its attention calls were never reached.{cause}"))
+            lines.append(
+                (True, f"{head}no effect, its attention calls were never reached.{_cause(suspects)}")
+            )
         else:
             lines.append((True, f"{head}no effect, the model was never called."))
     return lines
+
+
+def _cause(suspects: Sequence[str]) -> str:
+    """Which patches of other packs may be why, alike ones as one, and what to use instead."""
+    places = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in suspects if "attn" in name)
+    if not places:
+        return (
+            " Another node has rewritten the model so that it calls attention without telling ComfyUI; leave that node out, "
+            "or this one."
+        )
+    named = ", ".join(f"{place} (×{count})" if count > 1 else place for place, count in places.items())
+    return (
+        f" Another node has put a function of its own at {named}, which calls an attention kernel past ComfyUI. Use one "
+        "that chooses the kernel through ComfyUI instead, such as KJNodes' Patch Sage Attention KJ, or start ComfyUI with "
+        "--use-sage-attention."
+    )
 
 
 def _steps(steps: Sequence[int], total: int) -> str:

@@ -45,12 +45,14 @@ class Technique(ABC):
     """`name` is its place in the plan (one entry each), `stage` its fixed order among the others.
 
     unit: what its counts count. expected: reasons to decline that are part of its normal use and no news.
+    advice_if_never_needed: what to do if it was declined for such reasons in every run so far.
     """
 
     name: ClassVar[str]
     stage: ClassVar[int]
     unit: ClassVar[str]
     expected: ClassVar[frozenset[str]] = frozenset()
+    advice_if_never_needed: ClassVar[str] = ""
 
     @property
     def percents(self) -> tuple[float, float]:

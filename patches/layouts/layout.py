@@ -12,6 +12,8 @@ import torch
 
 from ..kernels.tokens import VideoTokens
 
+NO_VIDEO = "NO_VIDEO"
+
 
 class Role(Enum):
     """Who attends to whom in one attention call."""

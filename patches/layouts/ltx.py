@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..kernels.tokens import VideoTokens
-from .layout import Layout, Role, Site, Stream, Unclear
+from .layout import NO_VIDEO, Layout, Role, Site, Stream, Unclear
 
 CLASS_NAMES = {"LTXVModel", "LTXAVModel"}
 
@@ -40,7 +40,6 @@ UNCLEAR_SHAPE = "UNCLEAR_SHAPE"
 UNCLEAR_QUERY = "UNCLEAR_QUERY"
 UNCLEAR_CALL = "UNCLEAR_CALL"
 NO_FRAME_RATE = "NO_FRAME_RATE"
-NO_VIDEO = "NO_VIDEO"
 
 
 def read(
@@ -177,7 +176,6 @@ class LtxLayout(Layout):
             if mask is None and rows == tokens.total - end:
                 return range(end, tokens.total)
         return Unclear(UNCLEAR_QUERY)
-
 
     def is_self_attention(
         self, q: torch.Tensor, k: torch.Tensor, tokens: VideoTokens, given: Mapping[str, Any]
