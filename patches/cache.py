@@ -117,7 +117,7 @@ class Kept:
     def __init__(self, shelf: Shelf, tensor: torch.Tensor, place: str, is_packed: bool) -> None:
         self.shelf, self.place, self.is_packed = shelf, place, is_packed
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
-        self.is_far = place == HOST and self.device.type != "cpu"
+        self.is_far = place == HOST and not shares_host_memory(self.device)
         self.taken: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
         self._ahead: Parts | None = None
@@ -223,6 +223,10 @@ def pack(tensor: torch.Tensor) -> Parts:
 def unpack(parts: Parts) -> torch.Tensor:
     scale, values = parts
     return values.to(scale.dtype).mul_(scale)
+
+
+def shares_host_memory(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def has_streams(device: torch.device) -> bool:

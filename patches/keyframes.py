@@ -51,6 +51,11 @@ class KeyframeTimes(CallTechnique):
 
     def adapt(self, layout: Layout) -> Mapping[str, Any] | str:
         """Raises ValueError for a piece of a clip whose rate cannot be told."""
+        if layout.has_lost_keyframes:
+            raise ValueError(
+                "model: the latent holds fewer frames than when generated keyframes were added to it, so Keyframe Stride has "
+                "thinned them too. Add them after Keyframe Stride, to its LATENT."
+            )
         given = layout.clip_frames()
         if isinstance(given, Unclear):
             return given.reason
@@ -63,7 +68,8 @@ class KeyframeTimes(CallTechnique):
                     f"model: Keyframe Stride made it for a clip of {self.strided_frames} latent frames at stride "
                     f"{self.stride}, or for the full length of {self.frames}, but a sampler gave it a piece of {given}, and "
                     "nothing tells the rate of that piece. Give the strided MODEL to the stage that samples the strided "
-                    "LATENT in one piece, and the MODEL from before Keyframe Stride to samplers that loop, extend or cut."
+                    "LATENT in one piece, and the MODEL from before Keyframe Stride to samplers that loop, extend or cut. "
+                    "Guides and generated keyframes are added after Keyframe Stride."
                 )
             if stretch == 1:
                 return OTHER_LENGTH

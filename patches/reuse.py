@@ -134,11 +134,15 @@ class Reuse:
         """A copy of `value`, for which passes that the sampler has left out make room, longest unseen first."""
         while (kept := self.shelf.keep(value, is_exact)) is None:
             with self._lock:
-                unseen = [key for key, slot in self._slots.items() if slot.turn < self._turn - 1]
+                unseen = self._left_out()
                 if not unseen:
                     return None
                 self._drop(min(unseen, key=lambda key: self._slots[key].turn))
         return kept
+
+    def _left_out(self) -> list[tuple[Subject, int]]:
+        """Passes that did not come in the last evaluation, nor in this one so far, and have kept something."""
+        return [key for key, slot in self._slots.items() if slot.held and slot.turn < self._turn - 1]
 
     def make_ready(self, step: int, piece: int) -> None:
         """After a forward of `step`: prepare a part of the room that the coming steps will need, in such pieces."""
@@ -193,6 +197,9 @@ class Reuse:
             return LAST_STEP
         if slot is None:
             return WINDOW_MOVED if self._has_moved(key) else FULL_STEP
+        if not slot.held and self._left_out():
+            # It found no room, and would now.
+            return FULL_STEP
         is_fresh = slot.step >= self.rhythm.within[0] and 0 < step - slot.step < self.rhythm.refresh_every
         return None if is_fresh else FULL_STEP
 

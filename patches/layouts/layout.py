@@ -106,6 +106,11 @@ class Layout(ABC):
     def clip_frames(self) -> int | Unclear:
         """Latent frames of the whole clip, without guides, even if this forward sees a window of it."""
 
+    @property
+    @abstractmethod
+    def has_lost_keyframes(self) -> bool:
+        """Whether frames were cut out of the latent after generated keyframes were added behind the clip."""
+
     @abstractmethod
     def stretched(self, factor: float) -> Mapping[str, Any] | Unclear:
         """Named arguments of the call with which every video frame and guide lasts `factor` times as long."""

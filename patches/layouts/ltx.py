@@ -60,6 +60,7 @@ class LtxLayout(Layout):
         self._shapes = tuple(tuple(shape) for shape in conds.get("latent_shapes") or ())
         self._keyframe_idxs = conds.get("keyframe_idxs")
         self._denoise_mask = conds.get("denoise_mask")
+        self._slots = conds.get("generated_keyframes")
         self._frame_rate = conds.get("frame_rate")
         self._window = options.get("context_window")
         self._pass_options = tuple(_hashable(options.get(name)) for name in PASS_OPTIONS)
@@ -133,6 +134,12 @@ class LtxLayout(Layout):
             return int(total)
         tokens = self.video_tokens()
         return tokens if isinstance(tokens, Unclear) else tokens.frames
+
+    @property
+    def has_lost_keyframes(self) -> bool:
+        if not self._slots or self._shape is None or self._window is not None:
+            return False
+        return bool(self._slots["first_latent_frame"] + self._slots["num_keyframes"] > self._shape[0])
 
     def stretched(self, factor: float) -> Mapping[str, Any] | Unclear:
         # Video and guide positions are divided by the frame rate; audio positions are seconds by themselves.
