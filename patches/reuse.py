@@ -65,11 +65,15 @@ class Held:
 
 @dataclass
 class Slot:
-    """What is kept for one subject. step: that of the last full forward, -1 for none; sigma, turn: when it was last seen."""
+    """What is kept for one subject. step: that of the last full forward, -1 for none; sigma, turn: when it was last seen.
+
+    let_go: how many others had been let go by then.
+    """
 
     step: int = -1
     sigma: float = float("inf")
     turn: int = 0
+    let_go: int = 0
     held: dict[Place, Held] = field(default_factory=dict)
 
 
@@ -96,7 +100,7 @@ class Reuse:
         self._slots: dict[tuple[Subject, int], Slot] = {}
         self._seen: Counter[Subject] = Counter()
         self._evaluation: float = -1
-        self._turn = 0
+        self._turn = self._let_go = 0
         self._is_given_up = False
         self.exchanged_blocks: set[int] = set()
         self._lock = threading.Lock()
@@ -123,7 +127,7 @@ class Reuse:
             reason = self._reason(key, step, sigma)
             is_stored = reason is not None and self._is_worth_storing(step)
             slot = self._slots.get(key, Slot())
-            slot.turn = self._turn
+            slot.turn, slot.let_go = self._turn, self._let_go
             if is_stored:
                 self._slots[key] = slot
             elif reason is not None and not any(later > step for later in self.rhythm.frozen):
@@ -197,8 +201,8 @@ class Reuse:
             return LAST_STEP
         if slot is None:
             return WINDOW_MOVED if self._has_moved(key) else FULL_STEP
-        if not slot.held and self._left_out():
-            # It found no room, and would now.
+        if not slot.held and (self._left_out() or slot.let_go != self._let_go):
+            # It found no room, and there is some now.
             return FULL_STEP
         is_fresh = slot.step >= self.rhythm.within[0] and 0 < step - slot.step < self.rhythm.refresh_every
         return None if is_fresh else FULL_STEP
@@ -235,6 +239,7 @@ class Reuse:
 
     def _drop(self, key: tuple[Subject, int]) -> None:
         slot = self._slots.pop(key, None)
+        self._let_go += 1
         try:
             for held in slot.held.values() if slot else ():
                 self.release(held)
