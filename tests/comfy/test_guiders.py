@@ -83,7 +83,9 @@ def run(guider, family, sigmas=SIGMAS, noise=None):
 
 
 def distance(a, b):
-    return max(float((x - y).pow(2).mean().sqrt() / y.pow(2).mean().sqrt()) for x, y in zip(a, b, strict=True))
+    return max(
+        float((x - y).pow(2).mean().sqrt() / y.pow(2).mean().sqrt()) for x, y in zip(a, b, strict=True)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
