@@ -9,7 +9,7 @@ import comfy.lora
 import comfy.samplers
 import pytest
 import torch
-from reference import close, equal, masked_model, set_slot, visible
+from reference import SLOT, close, equal, masked_model, set_slot, visible
 from tiny_models import CUT, FAMILIES, build_model, context_windows, noise_like, sample, sample_with
 
 
@@ -234,3 +234,117 @@ def test_foreign_wrapper_inside_ours_may_overwrite_the_slot_too(windowed, last_r
     ours.add_wrapper_with_key("diffusion_model", "somebody", overwrite)
     sample(ours)
     assert backend.calls and last_run(ours)["taken"] == 9
+
+
+class Inlined(torch.nn.Module):
+    """Self-attention as a rewritten block computes it: by the module's weights, past its forward."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.held = [module]
+
+    def forward(self, *args, **kwargs):
+        module = self.held[0]
+        return type(module).forward(module, *args, **kwargs)
+
+
+def rewritten_blocks(patcher):
+    """As KJNodes' LTX2 attention tuner puts them: a block's forward replaced by one that calls attention itself."""
+    clone = patcher.clone()
+    for index, block in enumerate(patcher.model.diffusion_model.transformer_blocks):
+
+        def own(*args, block=block, **kwargs):
+            module = block.attn1
+            block.attn1 = Inlined(module)
+            try:
+                return type(block).forward(block, *args, **kwargs)
+            finally:
+                block.attn1 = module
+
+        clone.add_object_patch(f"diffusion_model.transformer_blocks.{index}.forward", own)
+    return clone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_that_call_attention_themselves(family, windowed, frozen, last_run, record):
+    """The window and freeze's share of attention reach them, other calls of the block pass untouched, in both orders."""
+    model = build_model(family)
+    expected = sample(windowed(model), family)
+    for ours in (windowed(rewritten_blocks(model)), rewritten_blocks(windowed(model))):
+        assert equal(sample(ours, family), expected)
+        assert last_run(ours)["taken"] == 9 and not last_run(ours)["declined"]
+    assert not equal(expected, sample(model, family))
+    share = {"scope": "spatial attention", "refresh_every": 2}
+    ours = frozen(rewritten_blocks(model), **share)
+    assert equal(sample(ours, family), sample(frozen(model, **share), family)) and record(ours)["taken"] == 3
+
+
+def test_foreign_overrides_below_blocks_that_call_attention_themselves(windowed, last_run):
+    seen = []
+
+    def foreign(func, q, k, v, heads, *args, **kwargs):
+        assert kwargs["transformer_options"][SLOT] is foreign
+        seen.append(k.shape[1])
+        return func(q, k, v, heads, *args, **kwargs)
+
+    model = build_model()
+    ours = windowed(rewritten_blocks(set_slot(model, foreign)))
+    assert equal(sample(ours), sample(windowed(model)))
+    # Text, and windows of three frames of six tokens; nothing dense.
+    assert set(seen) == {5, 18} and last_run(ours)["taken"] == 9
+
+
+def test_a_text_as_long_as_the_video_is_told_apart_or_left_alone(windowed, last_run):
+    """Nothing but the length tells a block's own call for text from that for video."""
+    model = build_model()
+    text = torch.randn(1, 54, 16, generator=torch.Generator().manual_seed(3))
+    values = {"attention_mask": torch.ones(1, 54, dtype=torch.long), "frame_rate": 24.0}
+    conds = {"positive": [[text, values]], "negative": [[text * 0.5, values]]}
+    ours = windowed(rewritten_blocks(model))
+    assert equal(sample(ours, **conds), sample(model, **conds))
+    assert last_run(ours)["declined"] == {"UNCLEAR_CALL": 9}
+
+
+def test_a_kernel_past_comfyui_is_one_place_and_one_advice(windowed, caplog):
+    """As KJNodes' memory-efficient sage attention puts it into every block."""
+    model = build_model()
+    for index, block in enumerate(model.model.diffusion_model.transformer_blocks):
+
+        def direct(x, *args, module=block.attn1, **kwargs):
+            q, k, v = module.to_q(x), module.to_k(x), module.to_v(x)
+            return module.to_out(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+        model.add_object_patch(f"diffusion_model.transformer_blocks.{index}.attn1.forward", direct)
+    ours = windowed(model)
+    with caplog.at_level("WARNING"):
+        assert equal(sample(ours), sample(model))
+    line = next(r.getMessage() for r in caplog.records if "never reached" in r.getMessage())
+    assert "transformer_blocks.*.attn1.forward (×3)" in line and line.count("attn1") == 1
+    assert "Patch Sage Attention KJ" in line
+
+
+def test_attention_that_tells_comfyui_nothing(windowed, caplog):
+    """As LTXVideo's ModifyLTXModel rewrites the model's classes."""
+    model = build_model()
+
+    class Deaf(type(model.model.diffusion_model.transformer_blocks[0].attn1)):
+        def forward(self, x, *args, transformer_options=None, **kwargs):
+            return super().forward(x, *args, **kwargs)
+
+    for block in model.model.diffusion_model.transformer_blocks:
+        block.attn1.__class__ = Deaf
+    ours = windowed(model)
+    with caplog.at_level("WARNING"):
+        assert equal(sample(ours), sample(model))
+    assert any("calls attention without telling ComfyUI" in r.getMessage() for r in caplog.records)
+
+
+def test_a_model_told_to_compute_sound_only(windowed, frozen, last_run, record, caplog):
+    """As LTXVideo's audio-only node tells it."""
+    model = build_model("ltxav")
+    model.model_options.setdefault("transformer_options", {})["run_vx"] = False
+    ours = frozen(windowed(model))
+    with caplog.at_level("WARNING"):
+        assert equal(sample(ours, "ltxav"), sample(model, "ltxav"))
+    assert last_run(ours)["declined"].keys() == record(ours)["declined"].keys() == {"NO_VIDEO"}
+    assert "told to compute sound only" in caplog.text

@@ -299,3 +299,34 @@ def test_a_model_called_without_a_sampler_is_stock(scope, frozen):
 
     with torch.no_grad():
         assert torch.equal(call(frozen(model, scope=scope)), call(model))
+
+
+def test_frozen_steps_of_half_precision_stay_finite(frozen, record):
+    """The second block takes 50000 to -50000, a difference that float16 has not; the third brings it back."""
+    model = build_model(dtype=torch.float16)
+    blocks = [
+        lambda x: torch.where(x > 0, 5e4, -5e4).to(x.dtype) + x,
+        lambda x: -x,
+        lambda x: x / 5e4,
+    ]
+
+    def swing(patcher):
+        clone = patcher.clone()
+        for index, compute in enumerate(blocks):
+
+            def own(x, *args, compute=compute, **kwargs):
+                return x.copy_(compute(x))
+
+            clone.add_object_patch(f"diffusion_model.transformer_blocks.{index}.forward", own)
+            # A stretch of its own for every block.
+            clone.set_model_patch_replace(
+                lambda args, extra: extra["original_block"](args), "dit", "double_block", index
+            )
+        return clone
+
+    noise = noise_like().half()
+    stock = sample(swing(model), noise=noise, sigmas=SIGMAS)
+    ours = swing(frozen(model))
+    result = sample(ours, noise=noise, sigmas=SIGMAS)
+    assert stock[0].isfinite().all() and result[0].isfinite().all()
+    assert record(ours)["taken"] and not equal(stock, result)

@@ -243,3 +243,15 @@ def test_host_memory_is_let_go_even_if_a_stream_failed(pack, monkeypatch):
     with pytest.raises(RuntimeError, match="device lost"):
         shelf.close()
     assert closed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_linear_forecast_stays_within_its_type(dtype, reuse, pack):
+    """From 20000 to 50000 in half a step of the schedule leads to 80000, which float16 has not."""
+    value = torch.tensor([20000.0, -20000.0, 1.0]).to(dtype)
+    shelf = pack("patches.cache").Shelf()
+    held = pack("patches.reuse").Held(shelf.keep(value * 2.5), 0.75, shelf.keep(value), 1.0)
+    forecast = held.at(0.5)
+    assert forecast.isfinite().all() and forecast.dtype == dtype
+    largest = min(80000, torch.finfo(dtype).max)
+    assert torch.allclose(forecast.double(), torch.tensor([largest, -largest, 4.0]).double(), rtol=0.01)
