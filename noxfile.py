@@ -81,6 +81,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def same(session: nox.Session) -> None:
+    """Which outputs of two commits differ, be it by one bit: `nox -s same -- OLD [NEW]`."""
+    prepare(session)
+    run(session, "checks/same.py", *session.posargs)
+
+
+@nox.session(python=False)
 def lint(session: nox.Session) -> None:
     """ruff (lint and format) and mypy."""
     prepare(session)
