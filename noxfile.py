@@ -21,7 +21,7 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 TORCH = ["torch<2.15", "torchvision", "torchaudio"]
-TYPED = ["patches", "latents", "nodes"]
+TYPED = ["patches", "latents", "nodes", "checks"]
 # What also runs on the oldest ComfyUI release; its tree on the registry has no server.
 IN_PROCESS = ["tests/kernels", "tests/latents", "tests/layouts", "tests/patches", "tests/comfy"]
 OLDEST = "0.9.2"

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def random_latent(family: str, frames: int, batch: int, seed: int = 2) -> Any:
     return comfy.nested_tensor.NestedTensor((video, torch.randn(batch, 8, AUDIO, 16, generator=generator)))
 
 
-def with_audio(family: str, video: torch.Tensor, audio: torch.Tensor) -> Any:
+def with_audio(family: str, video: torch.Tensor, audio: torch.Tensor | None) -> Any:
     return comfy.nested_tensor.NestedTensor((video, audio)) if has_audio(family) else video
 
 
@@ -385,6 +385,10 @@ def strided(family: str, by: int, frames: int, batch: int = 1) -> Callable[[Node
     return run
 
 
+def thinned_guide(nodes: Nodes, by: int) -> dict[str, Any]:
+    return {"image": nodes("ThriftThinGuide", image=clip(), stride=by)[0]}
+
+
 def latent_cases() -> Iterator[Case]:
     for family in tiny_models.FAMILIES:
         for by, frames, batch in (
@@ -399,7 +403,7 @@ def latent_cases() -> Iterator[Case]:
             name = f"KeyframeStride stride={by} on {frames} latent frames of {family}, batch of {batch}"
             yield Case(name, strided(family, by, frames, batch))
     for by in (2, 4):
-        yield Case(f"KeyframeStride stride={by} on a video", lambda nodes, by=by: thinned(nodes, by))
+        yield Case(f"KeyframeStride stride={by} on a video", partial(thinned, by=by))
         for method in ("linear", "smooth", "motion", "optical_flow"):
             for has_vae in (True, False):
                 place = "frames" if has_vae else "latents"
@@ -408,10 +412,7 @@ def latent_cases() -> Iterator[Case]:
     yield Case("LatentFlowInterpolate encode=False", filled("motion", True, encode=False))
     yield Case("LatentFlowInterpolate without a note", without_note)
     for by in (1, 2, 3, 8):
-        yield Case(
-            f"ThriftThinGuide stride={by}",
-            lambda nodes, by=by: {"image": nodes("ThriftThinGuide", image=clip(), stride=by)[0]},
-        )
+        yield Case(f"ThriftThinGuide stride={by}", partial(thinned_guide, by=by))
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:

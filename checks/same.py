@@ -117,7 +117,7 @@ def checkout(commit: str | None, folder: Path) -> Iterator[Path]:
 
 
 def start(pack: Path, results: Path, text: str) -> subprocess.Popen[bytes]:
-    one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     command = [sys.executable, str(REPO / "checks" / "cases.py"), str(pack), str(results), text]
     with results.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(command, env=os.environ | one_thread, stdout=log, stderr=subprocess.STDOUT)
@@ -170,13 +170,14 @@ def main() -> int:
     differing = [row for row in rows if row.differs]
     failing = sum("error" in case["outputs"] for case in new.values())
     alone = len(rows) - sum(row.is_comparable for row in rows)
+    verdict = "Different" if differing or said else "Same"
     print(
-        f"\n{len(differing)} of {len(rows) - alone} outputs differ, in {len({row.case for row in differing})} of "
+        f"\n{verdict}: {len(differing)} of {len(rows) - alone} outputs differ, in {len({row.case for row in differing})} of "
         f"{len(old | new)} cases; {alone} cases cannot be compared; {failing} cases end with an error in NEW."
     )
     if not rows:
         sys.exit(f"No case contains {given.only!r}.")
-    return 1 if differing or said else 0
+    return 0 if verdict == "Same" else 1
 
 
 if __name__ == "__main__":
