@@ -88,6 +88,13 @@ def same(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def mutants(session: nox.Session) -> None:
+    """Whether the tests notice when the pack is broken in one place: `nox -s mutants [-- NAME ...]`."""
+    prepare(session)
+    run(session, "checks/mutants.py", *session.posargs)
+
+
+@nox.session(python=False)
 def lint(session: nox.Session) -> None:
     """ruff (lint and format) and mypy."""
     prepare(session)
