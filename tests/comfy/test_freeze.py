@@ -13,6 +13,7 @@ from freezing import EVERY, SCOPES, SIGMAS, Counted
 from reference import SLOT, close, equal, freezing_model, set_slot
 from tiny_models import (
     FAMILIES,
+    FORMS,
     build_model,
     conditioning,
     noise_like,
@@ -22,7 +23,7 @@ from tiny_models import (
 from torch.utils.flop_counter import FlopCounterMode
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FORMS)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("forecast", ["hold", "linear"])
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
@@ -88,7 +89,7 @@ def test_what_is_not_called(scope, path, expected, frozen, record):
     assert counted.by_step() == expected and record(ours)["taken"] == 4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FORMS)
 @pytest.mark.parametrize("scope", EVERY)
 def test_the_work_is_really_not_done(family, scope, frozen, record):
     model = build_model(family)

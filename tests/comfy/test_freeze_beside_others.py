@@ -14,6 +14,7 @@ from reference import SLOT, close, equal, freezing_model, set_slot
 from tiny_models import (
     CUT,
     FAMILIES,
+    FORMS,
     build_model,
     conditioning,
     context_windows,
@@ -111,7 +112,7 @@ def test_torch_compile(scope, frozen, record):
     assert record(compiled)["taken"] and close(result, plain)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FORMS)
 @pytest.mark.parametrize("scope", EVERY)
 def test_with_the_window_in_any_order(family, scope, frozen, windowed):
     model = build_model(family)
