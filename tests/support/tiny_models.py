@@ -30,7 +30,6 @@ LTX_2_3 = {
 LTX_2_5 = LTX_2_3 | {
     "ff_bias": False,
     "audio_ff_bias": False,
-    "use_prompt_adaln_single": False,
     "use_keyframes_abs_pos_embedding": True,
 }
 
