@@ -10,6 +10,7 @@ never reach it, as those of settings do not, are left alone.
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -24,18 +25,21 @@ MAY_PASS = {
 }
 
 
+@dataclass
 class Seam:
-    def __init__(self) -> None:
-        self.is_reached = False
-        self.reached = 0
-        self.passed: set[str] = set()
+    """Whether the running test has reached it, how many have, and which of MAY_PASS have passed."""
 
-    def dead(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        self.is_reached = True
-        return executor(*args, **kwargs)
+    is_reached: bool = False
+    reached: int = 0
+    passed: set[str] = field(default_factory=set)
 
 
 SEAM = Seam()
+
+
+def dead(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    SEAM.is_reached = True
+    return executor(*args, **kwargs)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -43,10 +47,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     from comfy.patcher_extension import WrappersMP
 
     add = ModelPatcher.add_wrapper_with_key
-
-    # Other releases copy wrappers deeply with the options, so a method would be copied, too.
-    def dead(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        return SEAM.dead(executor, *args, **kwargs)
 
     def adding(patcher: Any, kind: str, key: str, wrapper: Any) -> None:
         is_ours = getattr(wrapper, "__module__", "").startswith(PACK)
