@@ -213,12 +213,12 @@ def use_comfyui(release: str | None = None) -> Path:
     return tree
 
 
-def load_pack(name: str = "custom_nodes frame-thrift") -> ModuleType:
+def load_pack(name: str = "custom_nodes frame-thrift", folder: Path = PACK) -> ModuleType:
     """The pack, imported as ComfyUI imports it: by path, under a ``name`` that no import statement could use.
 
-    Its modules are then ``importlib.import_module(f"{name}.patches.mount")`` and so on.
+    Its modules are then ``importlib.import_module(f"{name}.patches.mount")`` and so on. ``folder``: another checkout.
     """
-    return _load_by_path(name, PACK)
+    return _load_by_path(name, folder)
 
 
 def load_tiny() -> ModuleType:

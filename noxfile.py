@@ -1,4 +1,4 @@
-"""`nox -s demo`, `nox -s tests`, `nox -s lint`: each sets up what it needs, once, in .venv and .cache."""
+"""`nox -s demo`, `nox -s tests`, `nox -s lint` and more (`nox -l`): each sets up what it needs in .venv and .cache."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 TORCH = ["torch<2.15", "torchvision", "torchaudio"]
-TYPED = ["patches", "latents", "nodes"]
+TYPED = ["patches", "latents", "nodes", "checks"]
 # What also runs on the oldest ComfyUI release; its tree on the registry has no server.
 IN_PROCESS = ["tests/kernels", "tests/latents", "tests/layouts", "tests/patches", "tests/comfy"]
 OLDEST = "0.9.2"
+# A file is one worker's, so that its models are built, and its server is started, once.
+IN_PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def prepare(session: nox.Session) -> None:
@@ -73,11 +76,38 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests on ComfyUI 0.30.0, then the in-process ones on the oldest supported release."""
     prepare(session)
-    run(session, "-m", "pytest", *session.posargs)
-    if not session.posargs:
-        # An empty COMFYUI_PATH counts as unset: this run is about that release and no other.
-        here = [folder for folder in IN_PROCESS if (ROOT / folder).is_dir()]
-        run(session, "-m", "pytest", *here, COMFYUI_PATH="", FRAMETHRIFT_COMFYUI=OLDEST)
+    if session.posargs:
+        run(session, "-m", "pytest", *session.posargs)
+        return
+    run(session, "-m", "pytest", *IN_PARALLEL, **ONE_THREAD)
+    # An empty COMFYUI_PATH counts as unset: this run is about that release and no other.
+    oldest = {"COMFYUI_PATH": "", "FRAMETHRIFT_COMFYUI": OLDEST}
+    run(session, "-m", "pytest", *IN_PARALLEL, *IN_PROCESS, **ONE_THREAD, **oldest)
+
+
+@nox.session(python=False)
+def newest(session: nox.Session) -> None:
+    """The in-process tests on whatever ComfyUI COMFYUI_PATH names; .venv gets what that one requires."""
+    if not os.environ.get("COMFYUI_PATH"):
+        session.error(
+            "COMFYUI_PATH is not set. Set it to a ComfyUI checkout, as in COMFYUI_PATH=../ComfyUI nox -s newest."
+        )
+    prepare(session)
+    run(session, "-m", "pytest", *IN_PARALLEL, *IN_PROCESS, *session.posargs, **ONE_THREAD)
+
+
+@nox.session(python=False)
+def same(session: nox.Session) -> None:
+    """Which outputs of two commits differ, be it by one bit: `nox -s same -- OLD [NEW]`."""
+    prepare(session)
+    run(session, "checks/same.py", *session.posargs)
+
+
+@nox.session(python=False)
+def mutants(session: nox.Session) -> None:
+    """Whether the tests notice when the pack is broken in one place: `nox -s mutants [-- NAME ...]`."""
+    prepare(session)
+    run(session, "checks/mutants.py", *session.posargs)
 
 
 @nox.session(python=False)

@@ -68,6 +68,27 @@ def test_metrics_know_the_answer(bench):
     assert metrics.psnr(still + 0.1, still) == pytest.approx(torch.full((2,), 20.0), abs=1e-3)
 
 
+def test_frechet_distance_of_diagonal_gaussians(bench):
+    """Their closed form is |mean - mean|² + Σ (deviation - deviation)²; turning both sets changes nothing."""
+    frechet = bench("tiny_ltx.probe").frechet_distance
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(mean, deviation, count):
+        """Samples with exactly this mean and this diagonal covariance."""
+        noise = torch.randn(count, len(mean), generator=generator, dtype=torch.float64)
+        columns = torch.linalg.qr(noise - noise.mean(0)).Q
+        return mean + columns * (count - 1) ** 0.5 * deviation
+
+    means = torch.tensor([[0.0, 1.0, -2.0, 0.5], [1.0, 1.0, 2.0, 0.0]], dtype=torch.float64)
+    deviations = torch.tensor([[1.0, 2.0, 0.5, 0.0], [1.0, 0.5, 3.0, 0.25]], dtype=torch.float64)
+    a, b = (drawn(*given) for given in zip(means, deviations, (40, 60), strict=True))
+    wanted = (means[0] - means[1]).square().sum() + (deviations[0] - deviations[1]).square().sum()
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
+    for left, right in ((a, b), (b, a), (a @ turn, b @ turn)):
+        assert frechet(left, right) == pytest.approx(wanted.item(), abs=1e-6)
+    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
+
+
 def test_rival_lies_between_measured_step_counts(bench):
     report = bench("report")
 

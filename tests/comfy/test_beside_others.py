@@ -10,7 +10,7 @@ import comfy.samplers
 import pytest
 import torch
 from reference import SLOT, close, equal, masked_model, set_slot, visible
-from tiny_models import CUT, FAMILIES, build_model, context_windows, noise_like, sample, sample_with
+from tiny_models import CUT, FAMILIES, FORMS, build_model, context_windows, noise_like, sample, sample_with
 
 
 class Backend:
@@ -28,7 +28,7 @@ class Backend:
         return self  # 0.9.2 copies model_options deeply
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FORMS)
 @pytest.mark.parametrize("order", ["before us", "after us"])
 def test_attention_slot_overwritten(family, order, windowed, last_run):
     model, backend = build_model(family), Backend()

@@ -7,7 +7,7 @@ import comfy.samplers
 import pytest
 import torch
 from reference import close, equal
-from tiny_models import FAMILIES, build_model, conditioning, noise_like
+from tiny_models import FORMS, build_model, conditioning, noise_like
 
 core = pytest.importorskip(
     "comfy_extras.nodes_custom_sampler", reason="this tree has no sampler nodes", exc_type=ImportError
@@ -33,7 +33,7 @@ def parts(latent):
     return list(samples.unbind()) if samples.is_nested else [samples]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FORMS)
 @pytest.mark.parametrize("is_finished", [False, True], ids=["coarse to fine", "refined"])
 def test_both_stages_are_stock_at_their_own_rate(family, is_finished, pack):
     """One MODEL: the first stage is the stock graph at the low rate, the second the stock graph at the full one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import comfy.ldm.modules.attention as attention
 import comfy.model_base
@@ -83,9 +84,15 @@ def test_guide_coordinates_that_fill_no_frame(windowed, last_run):
     mask = torch.ones(1, 1, 9, 1, 1)
     model = build_model()
     ours = windowed(model)
-    result = sample(ours, noise_mask=mask, **conds)
+    try:
+        expected = sample(model, noise_mask=mask, **conds)
+    except ValueError as refused:
+        # Newer releases refuse them by themselves, and do so with us.
+        with pytest.raises(ValueError, match=re.escape(str(refused))):
+            sample(ours, noise_mask=mask, **conds)
+        return
+    assert equal(sample(ours, noise_mask=mask, **conds), expected)
     assert last_run(ours)["declined"] == {"UNCLEAR_SHAPE": 9}
-    assert equal(result, sample(model, noise_mask=mask, **conds))
 
 
 def test_a_single_frame_and_a_clip_as_long_as_the_window(windowed, last_run):

@@ -14,6 +14,7 @@ from reference import SLOT, close, equal, freezing_model, set_slot
 from tiny_models import (
     CUT,
     FAMILIES,
+    FORMS,
     build_model,
     conditioning,
     context_windows,
@@ -47,7 +48,9 @@ def test_core_easycache_in_both_orders(frozen, record):
         return nodes.EasyCacheNode.execute(patcher, 0.2, 0.15, 0.95, False).args[0]
 
     one, other = cached(frozen(model)), frozen(cached(model))
-    assert equal(sample(one, sigmas=SIGMAS), sample(other, sigmas=SIGMAS))
+    result = sample(one, sigmas=SIGMAS)
+    assert record(one)["taken"] and not equal(result, sample(cached(model), sigmas=SIGMAS))
+    assert equal(result, sample(other, sigmas=SIGMAS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,12 +112,17 @@ def test_torch_compile(scope, frozen, record):
     assert record(compiled)["taken"] and close(result, plain)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FORMS)
 @pytest.mark.parametrize("scope", EVERY)
 def test_with_the_window_in_any_order(family, scope, frozen, windowed):
     model = build_model(family)
     one, other = windowed(frozen(model, scope=scope)), frozen(windowed(model), scope=scope)
-    assert equal(sample(one, family, sigmas=SIGMAS), sample(other, family, sigmas=SIGMAS))
+    result = sample(one, family, sigmas=SIGMAS)
+    assert equal(result, sample(other, family, sigmas=SIGMAS))
+    assert not close(result, sample(frozen(model, scope=scope), family, sigmas=SIGMAS)), "no window"
+    # Attention within a frame is not frozen where the window takes the call.
+    has_no_freeze = equal(result, sample(windowed(model), family, sigmas=SIGMAS))
+    assert has_no_freeze == (scope == "spatial attention")
 
 
 def test_module_forwards_of_other_packs_are_kept(frozen):
@@ -134,6 +142,7 @@ def test_module_forwards_of_other_packs_are_kept(frozen):
     result = sample(one, sigmas=SIGMAS)
     assert equal(result, sample(other, sigmas=SIGMAS))
     assert not close(result, sample(frozen(model, scope="per-frame work"), sigmas=SIGMAS))
+    assert not close(result, sample(patch(model), sigmas=SIGMAS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,7 +226,11 @@ def test_an_override_that_is_an_object_is_no_perturbation(scope, frozen, record)
 
     ours = frozen(set_slot(build_model(), Passing()), scope=scope)
     sample(ours, sigmas=SIGMAS)
-    assert record(ours)["taken"] == (4 if scope != "spatial attention" else 0)
+    declined = record(ours)["declined"]
+    if scope == "spatial attention":
+        assert declined == {"FOREIGN_OVERRIDE": 24}
+    else:
+        assert record(ours)["taken"] == 4
 
 
 def test_an_override_made_anew_for_every_call_is_no_perturbation(frozen, record):
@@ -325,6 +338,7 @@ def test_weights_are_fetched_ahead_only_where_all_are_needed(settings, ahead, fr
     ours.wrappers["diffusion_model"] = {"stream": first, **wrappers}
     sample(ours, "ltxav", sigmas=SIGMAS, cfg=1.0)
     assert seen == [True, ahead, ahead, True, ahead, ahead, True, True]
+    assert record(ours)["taken"] or "CACHE_FULL" in record(ours)["declined"]
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -209,20 +209,25 @@ def test_memory_that_runs_out_in_the_middle_loses_no_run(
 
 
 def test_memory_that_runs_out_without_us_is_an_error_as_ever(frozen, pack):
-    """Nothing is kept yet: there is nothing to let go of."""
-    ours = frozen(build_model()).clone()
+    """Nothing is kept yet: there is nothing to let go of, and no second try."""
+    ours, tries = frozen(build_model()).clone(), []
 
     def fail(executor, *args, **kwargs):
+        tries.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     ours.add_wrapper_with_key("diffusion_model", "failing", fail)
     with pytest.raises(torch.OutOfMemoryError):
         sample(ours, sigmas=SIGMAS)
+    assert len(tries) == pack("patches.mount").journal_of(ours).records()[-1]["forwards"] == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_run_goes_on_as_stock_after_memory_ran_out(family, frozen, pack, monkeypatch):
+def test_the_run_goes_on_as_stock_after_memory_ran_out(family, frozen, record, pack, monkeypatch):
     """From the first frozen step on: bit for bit what stock makes."""
     model = build_model(family)
+    ours, stock = frozen(model), sample(model, family, sigmas=SIGMAS)
+    assert not equal(sample(ours, family, sigmas=SIGMAS), stock)
     Failing(monkeypatch, pack("patches.cache").Kept, "tensor", 1)
-    assert equal(sample(frozen(model), family, sigmas=SIGMAS), sample(model, family, sigmas=SIGMAS))
+    assert equal(sample(ours, family, sigmas=SIGMAS), stock)
+    assert record(ours)["declined"]["OUT_OF_MEMORY"] and not record(ours)["taken"]

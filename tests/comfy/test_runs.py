@@ -47,7 +47,8 @@ def test_interrupt_and_error_leave_nothing_behind(family, error, pack, windowed,
 
 
 def test_error_inside_a_block(pack, windowed):
-    model = windowed(build_model())
+    stock = build_model()
+    model = windowed(stock)
     broken = model.clone()
 
     def fail(*args, **kwargs):
@@ -56,9 +57,9 @@ def test_error_inside_a_block(pack, windowed):
     broken.add_object_patch("diffusion_model.transformer_blocks.1.ff.forward", fail)
     with pytest.raises(RuntimeError, match="inside"):
         sample(broken)
-    for block in model.model.diffusion_model.transformer_blocks:
+    for block in stock.model.diffusion_model.transformer_blocks:
         assert "forward" not in vars(block.attn1)
-    assert sample(model)
+    assert not close(sample(model), sample(stock))
 
 
 def test_the_run_and_its_tensors_die_with_the_run(pack, windowed, monkeypatch):
@@ -183,7 +184,7 @@ def test_split_sigmas_keep_their_place_in_the_schedule(windowed, pack):
         for record in pack("patches.mount").journal_of(model).records()
     )
     assert first["steps"] and len(first["steps"]) + len(second["steps"]) == len(whole["steps"])
-    assert first["taken"] + second["taken"] == whole["taken"]
+    assert first["taken"] + second["taken"] == whole["taken"] > 0
 
 
 def test_a_range_without_steps_is_a_warning_that_names_what_would_work(windowed, caplog):

@@ -9,13 +9,22 @@ import pytest
 import tiny_models
 import torch
 from reference import close, equal, masked_model, visible
-from tiny_models import FAMILIES, build_model, conditioning, noise_like, sample, sample_with, zeros_like
+from tiny_models import (
+    FAMILIES,
+    FORMS,
+    build_model,
+    conditioning,
+    noise_like,
+    sample,
+    sample_with,
+    zeros_like,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 GRIDS = [(9, 2, 3), (7, 3, 5)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FORMS)
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
 def test_a_window_over_the_whole_clip_is_stock_bit_for_bit(family, cfg, windowed, last_run):
     model = build_model(family)
@@ -24,7 +33,7 @@ def test_a_window_over_the_whole_clip_is_stock_bit_for_bit(family, cfg, windowed
     assert set(last_run(wide)["declined"]) == {"WINDOW_COVERS_CLIP"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FORMS)
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (1, 2), (2, 1)])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -51,7 +60,7 @@ def test_types_and_head_widths(family, dtype, head_width, windowed, last_run):
     assert equal(sample(windowed(model, window=4), family), sample(model, family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FORMS)
 def test_cfg_batched_and_split(family, windowed, monkeypatch):
     model = build_model(family)
     batched = sample(windowed(model), family)
@@ -199,7 +208,7 @@ def test_image_to_video_mask(windowed):
     assert close(sample(windowed(model, sink_frames=1), noise_mask=mask), sample(reference, noise_mask=mask))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FORMS)
 def test_the_work_is_really_not_done(family, pack, windowed):
     model, per_frame, frames, steps, blocks, width = build_model(family), 6, 9, 3, 3, 128
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import comfy.context_windows
+import comfy.ldm.lightricks.av_model
 import comfy.model_base
 import comfy.model_patcher
 import comfy.model_sampling
@@ -15,38 +17,70 @@ import comfy.supported_models
 import torch
 
 TEXT_TOKENS = 5
+HEADS, HEAD_WIDTH, AUDIO_HEAD_WIDTH = 2, 64, 32
 FAMILIES = ("ltxv", "ltxav")
+
+# What the checkpoints after LTX-2 say of themselves on top of it.
+LTX_2_3 = {
+    "apply_gated_attention": True,
+    "cross_attention_adaln": True,
+    "caption_proj_before_connector": True,
+    "caption_projection_first_linear": False,
+}
+LTX_2_5 = LTX_2_3 | {
+    "ff_bias": False,
+    "audio_ff_bias": False,
+    "use_keyframes_abs_pos_embedding": True,
+}
+
+
+def _is_known(settings: dict[str, Any]) -> bool:
+    """Whether this release's model takes all of these settings; it ignores those that it does not know."""
+    known: set[str] = set()
+    for kind in comfy.ldm.lightricks.av_model.LTXAVModel.__mro__:
+        known |= inspect.signature(kind.__init__).parameters.keys()
+    return settings.keys() <= known
+
+
+LATER = {
+    name: settings
+    for name, settings in {"ltx-2.3": LTX_2_3, "ltx-2.5": LTX_2_5}.items()
+    if _is_known(settings)
+}
+FORMS = (*FAMILIES, *LATER)
 
 
 def build_model(
     family: str = "ltxv",
     blocks: int = 3,
-    head_width: int = 64,
+    head_width: int = HEAD_WIDTH,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Any:
-    """A ModelPatcher on the CPU around the real model class, two heads wide."""
-    heads, width = 2, 2 * head_width
+    """A ModelPatcher on the CPU around the real model class, two heads wide; family: one of FORMS."""
+    width = HEADS * head_width
+    image_model = "ltxv" if family == "ltxv" else "ltxav"
     config: dict[str, Any] = {
-        "image_model": family,
+        "image_model": image_model,
         "num_layers": blocks,
-        "num_attention_heads": heads,
+        "num_attention_heads": HEADS,
         "attention_head_dim": head_width,
         "cross_attention_dim": width,
         "caption_channels": 16,
         "in_channels": 128,
     }
-    if family == "ltxav":
+    if image_model == "ltxav":
         config |= {
             "audio_in_channels": 128,
-            "audio_num_attention_heads": heads,
-            "audio_attention_head_dim": 32,
-            "audio_cross_attention_dim": heads * 32,
+            "audio_num_attention_heads": HEADS,
+            "audio_attention_head_dim": AUDIO_HEAD_WIDTH,
+            "audio_cross_attention_dim": HEADS * AUDIO_HEAD_WIDTH,
             "connector_num_layers": 1,
             "connector_attention_head_dim": 8,
             "connector_num_attention_heads": 2,
+            **LATER.get(family, {}),
         }
-    kind = {"ltxv": "LTXV", "ltxav": "LTXAV"}[family]
+    kind = image_model.upper()
     settings = getattr(comfy.supported_models, kind)(config)
     settings.set_inference_dtype(dtype, None)
     model = getattr(comfy.model_base, kind)(settings, device=torch.device("cpu"))
@@ -63,7 +97,8 @@ def build_model(
 def conditioning(family: str = "ltxv", seed: int = 1, batch: int = 1, **values: Any) -> list[list[Any]]:
     """CONDITIONING with random text of 5 tokens."""
     generator = torch.Generator().manual_seed(seed)
-    channels = 16 if family == "ltxv" else 32
+    # Video and audio text side by side; later checkpoints get both as wide as the streams.
+    channels = {"ltxv": 16, "ltxav": 32}.get(family, HEADS * (HEAD_WIDTH + AUDIO_HEAD_WIDTH))
     text = torch.randn(batch, TEXT_TOKENS, channels, generator=generator)
     mask = {"attention_mask": torch.ones(batch, TEXT_TOKENS, dtype=torch.long)} if family == "ltxv" else {}
     return [[text, {**mask, "frame_rate": 24.0, **values}]]
@@ -72,7 +107,7 @@ def conditioning(family: str = "ltxv", seed: int = 1, batch: int = 1, **values: 
 def noise_like(
     family: str = "ltxv", shape: tuple[int, ...] = (9, 2, 3), batch: int = 1, seed: int = 2
 ) -> Any:
-    """Video noise [B,128,T,h,w], for LTXAV nested with audio of T frames, so that lengths coincide."""
+    """Video noise [B,128,T,h,w], with sound nested with audio of T frames, so that lengths coincide."""
     generator = torch.Generator().manual_seed(seed)
     video = torch.randn(batch, 128, *shape, generator=generator)
     if family == "ltxv":
@@ -149,4 +184,4 @@ def context_windows(patcher: Any, length: int = 7, overlap: int = 3) -> Any:
 
 
 # Older releases cut only plain video latents into windows.
-CUT = FAMILIES if hasattr(comfy.context_windows.IndexListContextHandler, "_get_latent_shapes") else ("ltxv",)
+CUT = FORMS if hasattr(comfy.context_windows.IndexListContextHandler, "_get_latent_shapes") else ("ltxv",)

@@ -1,0 +1,176 @@
+"""Whether the tests notice: the pack is broken in one place at a time, and named tests have to fail.
+
+    nox -s mutants [-- NAME ...]
+
+A mutant is one replacement in one file of the pack, made in a copy of this checkout. The first check is none:
+`dead_seam.py` switches the whole pack off. Two run at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+import comfyui_tree
+
+ROOMS = ("nodes", "patches", "latents")
+DEAD_SEAM = "dead call seam"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, which stands once in the whole pack, becomes `new`; then one of `tests` has to fail."""
+
+    name: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = [
+    Mutant(
+        "window off by one frame",
+        "max(0, min(frame - window, ",
+        "max(0, min(frame - window + 1, ",
+        ("tests/comfy/test_window.py::test_equals_a_masked_reference",),
+    ),
+    Mutant(
+        "sinks that nobody sees",
+        "anchors + min(sink_frames, ",
+        "anchors + min(0, ",
+        ("tests/comfy/test_window.py::test_image_to_video_mask",),
+    ),
+    Mutant(
+        "guides counted as frames of the clip",
+        "        frames -= guide_frames\n",
+        "",
+        ("tests/comfy/test_window.py::test_guides_see_all_and_are_seen_by_all",),
+    ),
+    Mutant(
+        "attention of another pack left out",
+        "partial(options[OVERRIDE], func) if OVERRIDE in options else func",
+        "func",
+        ("tests/comfy/test_beside_others.py::test_attention_slot_overwritten",),
+    ),
+    Mutant(
+        "freeze that reuses one step too long",
+        "< self.rhythm.refresh_every",
+        "<= self.rhythm.refresh_every",
+        ("tests/comfy/test_freeze.py::test_equals_a_reference_that_stores_and_adds_again",),
+    ),
+    Mutant(
+        "forecast with the wrong sign",
+        "1 + ahead",
+        "1 - ahead",
+        ("tests/comfy/test_freeze.py::test_equals_a_reference_that_stores_and_adds_again",),
+    ),
+    Mutant(
+        "last step not full",
+        "if step == self.clock.steps - 1:",
+        "if step == self.clock.steps:",
+        ("tests/comfy/test_freeze.py::test_equals_a_reference_that_stores_and_adds_again",),
+    ),
+    Mutant(
+        "passes of one evaluation share what is kept",
+        "key = subject, self._seen[subject]",
+        "key = subject, 0",
+        (
+            "tests/comfy/test_freeze_beside_others.py::test_passes_of_one_evaluation_at_two_sigmas_keep_their_own",
+        ),
+    ),
+    Mutant(
+        "stride that does not stretch",
+        '{"frame_rate": rate / factor}',
+        '{"frame_rate": rate}',
+        ("tests/comfy/test_keyframe_stride.py::test_it_is_the_stock_graph_at_the_low_rate",),
+    ),
+    Mutant(
+        "replaced forwards that stay",
+        'vars(module).pop("forward", None)',
+        "pass",
+        ("tests/comfy/test_runs.py::test_interrupt_and_error_leave_nothing_behind",),
+    ),
+]
+
+
+def copy_of(folder: Path) -> Path:
+    """This checkout as it lies here, without what git ignores."""
+    listed = ["git", "-C", str(REPO), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
+        if name and (REPO / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REPO / name, folder / name)
+    return folder
+
+
+def mutate(mutant: Mutant, pack: Path) -> str | None:
+    """Break `pack`; what is wrong if that is not possible."""
+    files = [path for room in ROOMS for path in sorted((pack / room).rglob("*.py"))]
+    places = [path for path in files for _ in range(path.read_text(encoding="utf-8").count(mutant.old))]
+    if len(places) != 1:
+        return f"no longer fits: expected {mutant.old!r} once in the pack, found it {len(places)} times. Update it."
+    text = places[0].read_text(encoding="utf-8")
+    places[0].write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    return None
+
+
+def pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {
+        **os.environ,
+        "COMFYUI_PATH": str(comfyui_tree.find_comfyui(os.environ.get("FRAMETHRIFT_COMFYUI") or None)),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(folder / "checks"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def complaint_about_dead_seam() -> str | None:
+    """Interpolation samples nothing, and takes its time."""
+    beside = "--ignore=tests/comfy/test_latent_flow_interpolate.py"
+    done = pytest(REPO, "-p", "dead_seam", "tests/comfy", "tests/patches", beside)
+    return None if done.returncode == 0 else f"not all tests notice:\n{done.stdout}{done.stderr}"
+
+
+def complaint_about(mutant: Mutant) -> str | None:
+    """Why the mutant is not caught as it should, or None."""
+    with tempfile.TemporaryDirectory(prefix="frame-thrift-mutant-") as name:
+        pack = copy_of(Path(name))
+        problem = mutate(mutant, pack)
+        if problem is not None:
+            return problem
+        done = pytest(pack, "-x", "--tb=line", *mutant.tests)
+        if done.returncode == 1:
+            return None
+        return f"nobody notices, pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+
+
+def main(names: list[str]) -> int:
+    known: dict[str, Callable[[], str | None]] = {DEAD_SEAM: complaint_about_dead_seam}
+    known |= {mutant.name: partial(complaint_about, mutant) for mutant in MUTANTS}
+    unknown = set(names) - known.keys()
+    if unknown:
+        sys.exit(f"No mutant {', '.join(sorted(unknown))}; there are: {', '.join(known)}.")
+    is_caught = True
+    with ThreadPoolExecutor(2) as pool:
+        running = {name: pool.submit(known[name]) for name in names or known}
+        for name, result in running.items():
+            complaint = result.result()
+            print(f"{name}: {'caught' if complaint is None else complaint}", flush=True)
+            is_caught &= complaint is None
+    return 0 if is_caught else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
