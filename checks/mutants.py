@@ -58,8 +58,8 @@ MUTANTS = [
     ),
     Mutant(
         "attention of another pack left out",
-        "partial(options[OVERRIDE], func) if OVERRIDE in options else func",
-        "func",
+        "below = partial(options[OVERRIDE], func)",
+        "below = func",
         ("tests/comfy/test_beside_others.py::test_attention_slot_overwritten",),
     ),
     Mutant(
@@ -93,6 +93,42 @@ MUTANTS = [
         '{"frame_rate": rate / factor}',
         '{"frame_rate": rate}',
         ("tests/comfy/test_keyframe_stride.py::test_it_is_the_stock_graph_at_the_low_rate",),
+    ),
+    Mutant(
+        "attention of the checkpoint left out",
+        "backend.of_checkpoint(module) or func",
+        "func",
+        ("tests/comfy/test_newer_comfyui.py::test_the_checkpoints_own_attention_is_the_backend",),
+    ),
+    Mutant(
+        "memory of a block that is kept",
+        "return nullcontext() if pause is None else pause()",
+        "return nullcontext()",
+        ("tests/comfy/test_newer_comfyui.py::test_nothing_that_is_kept_is_memory_of_a_block",),
+    ),
+    Mutant(
+        "compiled blocks told by options",
+        "partial(uncompiled, original)",
+        "original",
+        ("tests/comfy/test_compile.py::test_frozen_steps_are_told_to_compiled_blocks",),
+    ),
+    Mutant(
+        "blocks frozen while their attention calls are counted",
+        "is_exchanged = block in self.reuse.exchanged_blocks",
+        "is_exchanged = False",
+        ("tests/comfy/test_guiders.py::test_the_same_calls_are_perturbed_with_and_without_freeze",),
+    ),
+    Mutant(
+        "run wrapper inside of those before it",
+        "{KEY: runs.pop(KEY), **runs}",
+        "runs",
+        ("tests/comfy/test_pieces.py::test_pieces_within_one_run_are_one_run_in_either_order",),
+    ),
+    Mutant(
+        "short pieces at the full rate",
+        "return 1 if frames > self.strided_frames else None",
+        "return 1",
+        ("tests/comfy/test_pieces.py::test_a_short_piece_of_unknown_rate_is_refused",),
     ),
     Mutant(
         "replaced forwards that stay",
