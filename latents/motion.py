@@ -61,7 +61,7 @@ def estimate_motion(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         for _ in range(REFINEMENTS):
             flow = _refined(small_a, small_b, flow)
         flow = _median(flow)
-    still, moved = (_box(_difference(small_a, end)) for end in (small_b, warp(small_b, flow, "bicubic")))
+    still, moved = (box(_difference(small_a, end)) for end in (small_b, warp(small_b, flow, "bicubic")))
     return resized(flow * (moved < GAIN * still), (height, width))
 
 
@@ -81,7 +81,7 @@ def resized(flow: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Ten
     return F.interpolate(flow, size=tuple(size), mode="bilinear", align_corners=False) * factor
 
 
-def _box(values: torch.Tensor, radius: int = 2) -> torch.Tensor:
+def box(values: torch.Tensor, radius: int = 2) -> torch.Tensor:
     padded = F.pad(values, (radius,) * 4, mode="replicate")
     return F.avg_pool2d(padded, 2 * radius + 1, stride=1)
 
@@ -110,7 +110,7 @@ def _matched(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor) -> torch.Tens
     for some in shifts.split(max(1, NUMBERS_AT_ONCE // a.numel())):
         moved = (flow[:, None] + some.view(1, -1, 2, 1, 1)).flatten(0, 1)
         ends, begins, pulls = (part.repeat_interleave(len(some), 0) for part in (b, a, pull))
-        cost = _box(_difference(begins, warp(ends, moved))) + pulls * (1 + _length(moved)).log()
+        cost = box(_difference(begins, warp(ends, moved))) + pulls * (1 + _length(moved)).log()
         costs.append(cost.view(len(flow), len(some), *flow.shape[-2:]))
     best = torch.cat(costs, dim=1).argmin(dim=1)
     return flow + shifts[best].movedim(-1, 1)
@@ -125,7 +125,7 @@ def _refined(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor) -> torch.Tens
     gy = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) / 2
     rest = a - moved
     xx, xy, yy, xr, yr = (
-        _box((p * q).mean(dim=1, keepdim=True))
+        box((p * q).mean(dim=1, keepdim=True))
         for p, q in ((gx, gx), (gx, gy), (gy, gy), (gx, rest), (gy, rest))
     )
     pull = (STILLNESS * _contrast(a)).square()

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .interpolate import Estimate, frame_times, in_between, latent_times
+from .cuts import MOST_OF_LATENTS
+from .interpolate import Estimate, bad_frames, frame_times, in_between, latent_times
 from .stride import (
     LARGEST_STRIDE,
     NOTE,
@@ -85,9 +86,10 @@ def restore_latents(
 ) -> dict[str, Any]:
     """`latent` at its full length, its latent frames in between mixed as they are: a preview."""
     video = video_of(latent)
+    _warn_of(bad_frames(video), "latent frame")
     times, wanted = latent_times(note.strided_frames, note.stride), latent_times(note.frames)
     out = video.new_empty(*video.shape[:2], note.frames, *video.shape[3:])
-    for place, picture in in_between(video, times, wanted, method, estimate, device):
+    for place, picture in in_between(video, times, wanted, method, estimate, device, MOST_OF_LATENTS):
         out[:, :, place] = picture
         on_picture(place + 1, note.frames)
     return restored(latent, note, out)
@@ -106,11 +108,26 @@ def restore_frames(
     times, wanted = frame_times(frames.shape[1], note.stride), frame_times(total)
     out = frames.new_empty(frames.shape[0], total, *frames.shape[2:])
     clip = frames.movedim(-1, 1)
+    _warn_of([k * note.stride for k in bad_frames(clip)], "video frame")
     for place, picture in in_between(clip, times, wanted, method, estimate, device):
         out[:, place] = picture.movedim(1, -1)
-        out[:, place].clamp_(0, 1)
+        if place % note.stride:
+            out[:, place].clamp_(0, 1)
         on_picture(place + 1, total)
     return out
+
+
+def _warn_of(bad: list[int], kind: str) -> None:
+    if bad:
+        logger.warning(
+            "FrameThrift: Latent Flow Interpolate: %s%s %s hold%s values that are no numbers (NaN or infinite). They stay as "
+            "they are; frames in between take those values from their other side. The cause lies before this node: try "
+            "the VAE or the model in a wider dtype.",
+            kind,
+            "s"[: len(bad) > 1],
+            ", ".join(map(str, bad)),
+            "s"[: len(bad) == 1],
+        )
 
 
 def restored(latent: dict[str, Any], note: StrideNote, video: torch.Tensor) -> dict[str, Any]:
