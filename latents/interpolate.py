@@ -5,17 +5,21 @@ Clips are [B, C, N, H, W]; times count video frames of the full rate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 
 from .cuts import MOST, Cuts, Pairs
-from .motion import blend
+from .motion import NUMBERS_AT_ONCE, blend, reduced_size
 from .stride import VIDEO_FRAMES
 
 Estimate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LINEAR, SMOOTH = "linear", "smooth"
 PIXELS_AT_ONCE = 1280 * 720
+# What lives at the same time, at most, for every place of a segment's pictures and of the smaller ones motion is found on.
+NUMBERS_PER_CHANNEL = 12
+NUMBERS_PER_PLACE = 21
 
 
 def frame_times(frames: int, stride: int = 1) -> torch.Tensor:
@@ -91,6 +95,16 @@ def in_between(
 def pictures_at_once(shape: tuple[int, ...]) -> int:
     """How many segments of a clip [B, C, N, H, W] go together: as much work at once as one of a large clip."""
     return max(1, PIXELS_AT_ONCE // (shape[0] * shape[-2] * shape[-1]))
+
+
+def memory_used(shape: tuple[int, ...]) -> int:
+    """Bytes on the device for in-betweening a clip [B, C, N, H, W], with motion, the largest; without what RAFT takes."""
+    batch, channels, frames, height, width = shape
+    segments = batch * max(1, min(frames - 1, pictures_at_once(shape)))
+    places = height * width + math.prod(reduced_size(height, width))
+    return 4 * (
+        segments * places * (NUMBERS_PER_CHANNEL * channels + NUMBERS_PER_PLACE) + 5 * NUMBERS_AT_ONCE
+    )
 
 
 def bad_frames(clip: torch.Tensor) -> list[int]:

@@ -31,30 +31,46 @@ OnPicture = Callable[[int, int], None]
 
 
 def note_for(latent: dict[str, Any], stride: int = 0, length: int = 0) -> StrideNote | None:
-    """How to restore `latent`: from its note, or as given (length in video frames); None if neither tells.
+    """How to restore `latent`: from its note, or as given (length in video frames); None if it has its full length.
 
-    Raises ValueError, naming the input, for a length or stride that does not go with the latent's.
+    Raises ValueError, naming the input, for a latent of which nothing tells, and for a length or stride that does not go
+    with the latent's note or its length.
     """
     strided = video_of(latent).shape[2]
-    note = StrideNote.read(latent)
+    found, note = StrideNote.found(latent), StrideNote.read(latent)
+    if note is not None and stride not in (0, note.stride):
+        raise ValueError(
+            f"stride: {stride} is set, but the latent was strided by {note.stride}: {note.frames} latent frames became "
+            f"{note.strided_frames}. Set 0 or {note.stride}."
+        )
+    is_longer = found is not None and strided > found.strided_frames and strided != found.frames
+    if found is not None and is_longer and not length and stride in (0, found.stride):
+        raise ValueError(
+            f"latent: its note tells of {found.strided_frames} latent frames, and it has {strided}. If the others are guides "
+            "or generated keyframes, crop or separate them before this node; if the note is another clip's, which "
+            "sound may bring along, set length."
+        )
     if not stride and not length:
-        if note is None:
-            logger.warning(
-                "FrameThrift: Latent Flow Interpolate found no stride in the latent, or one of another length; the "
-                "latent is handed on as it is. If a node in between dropped the note, set stride and length."
+        if note is not None:
+            stride, frames = note.stride, note.frames
+        elif found is not None and strided == found.frames:
+            stride, frames = 1, strided
+        else:
+            raise ValueError(
+                "stride: the latent has no note of this clip from Keyframe Stride, so that its full length cannot be told. "
+                "If a node in between dropped it, as those do that put images in place or crop guides, set stride and "
+                "length as they were; if the clip was never strided, set 1."
             )
-            return None
-        stride, frames = note.stride, note.frames
     elif strided == 1 and stride != 1:
         raise ValueError("latent: it has a single latent frame, so there is nothing in between.")
     else:
         if length:
             frames = (length - 1) // VIDEO_FRAMES + 1
         else:
-            frames = note.frames if note is not None and note.stride == stride else stride * (strided - 1) + 1
+            frames = note.frames if note is not None else stride * (strided - 1) + 1
         if not stride:
             stride = note.stride if note is not None else math.ceil((frames - 1) / (strided - 1))
-    if note is None and not length and has_guides(mask_of(latent)):
+    if note is None and not length and stride != 1 and has_guides(mask_of(latent)):
         raise ValueError(
             "latent: its last frames are held, as added guides are, so that its full length cannot be told. Put the node "
             "that crops guides before this one, or set length."
