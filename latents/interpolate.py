@@ -5,16 +5,21 @@ Clips are [B, C, N, H, W]; times count video frames of the full rate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 
-from .motion import blend
+from .cuts import MOST, Cuts, Pairs
+from .motion import NUMBERS_AT_ONCE, blend, reduced_size
 from .stride import VIDEO_FRAMES
 
 Estimate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LINEAR, SMOOTH = "linear", "smooth"
 PIXELS_AT_ONCE = 1280 * 720
+# What lives at the same time, at most, for every place of a segment's pictures and of the smaller ones motion is found on.
+NUMBERS_PER_CHANNEL = 12
+NUMBERS_PER_PLACE = 21
 
 
 def frame_times(frames: int, stride: int = 1) -> torch.Tensor:
@@ -34,21 +39,31 @@ def in_between(
     method: str,
     estimate: Estimate | None = None,
     device: torch.device | None = None,
+    most: float = MOST,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields (place in `wanted`, picture [B, C, H, W]) segment by segment; wanted times must not fall.
 
     method: "linear" or "smooth", else `estimate(a, b)` tells the flow from a to b [B, 2, H, W] and pictures follow
-    it. Times outside the clip repeat its ends. Pictures that are there are handed on as they are, bit for bit.
+    it. Times outside the clip repeat its ends. Pictures that are there are handed on as they are, bit for bit. Across a
+    cut (`most` as Cuts takes it) nothing is mixed: the nearer picture is repeated. A value that is no number is taken
+    from the picture at the other end.
     """
     last = clip.shape[2] - 1
     segments = (torch.searchsorted(times, wanted, right=True) - 1).clamp(0, max(last - 1, 0)).tolist()
-    begins, ends = times[:-1].tolist(), times[1:].tolist()
+    at = times.tolist()
     shares = [
-        (time - begins[k]) / (ends[k] - begins[k]) if last else 0.0
+        (time - at[k]) / (at[k + 1] - at[k]) if last else 0.0
         for k, time in zip(segments, wanted.tolist(), strict=True)
     ]
-    # Small pictures go together: as much work at once as one segment of a large clip.
-    together = max(1, PIXELS_AT_ONCE // (clip.shape[0] * clip.shape[-2] * clip.shape[-1]))
+
+    def pairs(places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = (_pictures(clip, [k + offset for k in places], device) for offset in (0, 1))
+        is_whole = bad.isdisjoint(k + offset for k in places for offset in (0, 1))
+        return (a, b) if is_whole else (_filled(a, b), _filled(b, a))
+
+    bad = set(bad_frames(clip))
+    together = pictures_at_once(clip.shape)
+    cuts = Cuts(pairs, clip.shape[2], together, most)
     done = 0
     while done < len(segments):
         first = segments[done]
@@ -58,32 +73,66 @@ def in_between(
         missing = [i for i in places if i not in pictures]
         if missing and method == SMOOTH:
             for i in missing:
-                pictures[i] = _cubic(clip, times, segments[i], shares[i], device).to(clip)
+                pictures[i] = _cubic(pairs, cuts, times, segments[i], shares[i]).to(clip)
         elif missing:
             made = _mixed(
-                [segments[i] for i in missing], [shares[i] for i in missing], clip, method, estimate, device
+                [segments[i] for i in missing], [shares[i] for i in missing], clip, pairs, method, estimate
             )
             pictures |= dict(zip(missing, made, strict=True))
+        for i, is_cut in zip(missing, cuts.after([segments[i] for i in missing]), strict=True):
+            ends = [clip[:, :, segments[i]], clip[:, :, segments[i] + 1]]
+            if is_cut.any():
+                near, far = ends if shares[i] <= 0.5 else ends[::-1]
+                where = is_cut.view(-1, 1, 1, 1).to(clip.device)
+                pictures[i] = torch.where(where, _filled(near, far), pictures[i])
+            if bad.issuperset((segments[i], segments[i] + 1)):
+                is_known = ends[0].isfinite() | ends[1].isfinite()
+                pictures[i] = torch.where(is_known, pictures[i], torch.nan)
         yield from ((i, pictures[i]) for i in places)
         done = end
+
+
+def pictures_at_once(shape: tuple[int, ...]) -> int:
+    """How many segments of a clip [B, C, N, H, W] go together: as much work at once as one of a large clip."""
+    return max(1, PIXELS_AT_ONCE // (shape[0] * shape[-2] * shape[-1]))
+
+
+def memory_used(shape: tuple[int, ...]) -> int:
+    """Bytes on the device for in-betweening a clip [B, C, N, H, W], with motion, the largest; without what RAFT takes."""
+    batch, channels, frames, height, width = shape
+    segments = batch * max(1, min(frames - 1, pictures_at_once(shape)))
+    places = height * width + math.prod(reduced_size(height, width))
+    return 4 * (
+        segments * places * (NUMBERS_PER_CHANNEL * channels + NUMBERS_PER_PLACE) + 5 * NUMBERS_AT_ONCE
+    )
+
+
+def bad_frames(clip: torch.Tensor) -> list[int]:
+    """The frames of [B, C, N, H, W] in which some value is no number."""
+    return [k for k in range(clip.shape[2]) if not clip[:, :, k].isfinite().all()]
+
+
+def _pictures(clip: torch.Tensor, places: list[int], device: torch.device | None) -> torch.Tensor:
+    """[len(places) * B, C, H, W], place by place."""
+    return clip[:, :, places].to(device=device, dtype=torch.float32).movedim(2, 0).flatten(0, 1)
+
+
+def _filled(picture: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`picture` with the values of `other` where it has none."""
+    return torch.where(picture.isfinite(), picture, torch.where(other.isfinite(), other, 0))
 
 
 def _mixed(
     segments: list[int],
     shares: list[float],
     clip: torch.Tensor,
+    pairs: Pairs,
     method: str,
     estimate: Estimate | None,
-    device: torch.device | None,
 ) -> list[torch.Tensor]:
     """Pictures at these shares of these segments, each between the segment's ends alone."""
     batch, own = clip.shape[0], sorted(set(segments))
-
-    def pictures(offset: int) -> torch.Tensor:
-        chosen = clip[:, :, [k + offset for k in own]].to(device=device, dtype=torch.float32)
-        return chosen.movedim(2, 0).flatten(0, 1)
-
-    a, b = pictures(0), pictures(1)
+    a, b = pairs(own)
     forth = back = None
     if method != LINEAR and estimate is not None:
         forth, back = estimate(torch.cat((a, b)), torch.cat((b, a))).chunk(2)
@@ -102,34 +151,29 @@ def _mixed(
     return out
 
 
-def _cubic(
-    clip: torch.Tensor, times: torch.Tensor, segment: int, share: float, device: torch.device | None
-) -> torch.Tensor:
+def _cubic(pairs: Pairs, cuts: Cuts, times: torch.Tensor, segment: int, share: float) -> torch.Tensor:
     """Monotone cubic Hermite (Fritsch and Carlson, 1980): continuous slope, and never beyond both ends."""
-
-    def picture(index: int) -> torch.Tensor:
-        return clip[:, :, index].to(device=device, dtype=torch.float32)
-
-    a, b = picture(segment), picture(segment + 1)
+    a, b = pairs([segment])
     length = float(times[segment + 1] - times[segment])
     rise = (b - a) / length
 
-    def slope(index: int) -> torch.Tensor:
-        """At the picture of this index, from the rises on both sides; a turn is flat."""
-        if not 0 < index < clip.shape[2] - 1:
+    def slope(other: int) -> torch.Tensor:
+        """Where this segment meets the other one beside it; a turn is flat, and no slope looks across a cut."""
+        if not 0 <= other < len(times) - 1:
             return rise
-        other = index - 1 if index == segment else index
         here = float(times[other + 1] - times[other])
-        beside = (picture(other + 1) - picture(other)) / here
+        before, after = pairs([other])
+        beside = (after - before) / here
         is_turn = rise * beside <= 0
         weights = ((here + 2 * length) * rise + (2 * here + length) * beside) / 3
         mean = (length + here) * rise * beside / torch.where(is_turn, 1.0, weights)
-        return torch.where(is_turn, torch.zeros_like(rise), mean)
+        is_cut = cuts.after([other])[0].view(-1, 1, 1, 1).to(rise.device)
+        return torch.where(is_cut, rise, torch.where(is_turn, torch.zeros_like(rise), mean))
 
     s = share
     return (
         (2 * s**3 - 3 * s**2 + 1) * a
-        + (s**3 - 2 * s**2 + s) * length * slope(segment)
+        + (s**3 - 2 * s**2 + s) * length * slope(segment - 1)
         + (3 * s**2 - 2 * s**3) * b
         + (s**3 - s**2) * length * slope(segment + 1)
     )

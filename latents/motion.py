@@ -5,7 +5,7 @@ Pictures are [B, C, H, W] of any channels, flows [B, 2, H, W] in pixels, x befor
 
 from __future__ import annotations
 
-import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,53 @@ def warp(picture: torch.Tensor, flow: torch.Tensor, mode: str = "bilinear") -> t
     """picture(p + flow), edges repeated."""
     x, y = _grid(flow)
     height, width = flow.shape[-2:]
+    if not _has_grid_sample(picture.device.type, mode):
+        return sampled(picture, x + flow[:, 0], y + flow[:, 1], mode)
     grid = torch.stack(
         ((x + flow[:, 0]) * (2 / max(width - 1, 1)) - 1, (y + flow[:, 1]) * (2 / max(height - 1, 1)) - 1), -1
     )
     return F.grid_sample(picture, grid, mode=mode, padding_mode="border", align_corners=True)
+
+
+@cache
+def _has_grid_sample(device: str, mode: str) -> bool:
+    """Whether this kind of device can do what `warp` asks of it: on Macs it depends on the release of PyTorch."""
+    picture, grid = torch.zeros(1, 1, 2, 2, device=device), torch.zeros(1, 1, 1, 2, device=device)
+    try:
+        F.grid_sample(picture, grid, mode=mode, padding_mode="border", align_corners=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+def sampled(picture: torch.Tensor, x: torch.Tensor, y: torch.Tensor, mode: str) -> torch.Tensor:
+    """`picture` [B, C, H, W] at places x, y [B, h, w] in pixels, edges repeated: what F.grid_sample makes of it, by gathering."""
+    batch, channels, height, width = picture.shape
+    # Two pixels outside nothing but the edge is left to see.
+    x, y = x.clamp(-2, width + 1), y.clamp(-2, height + 1)
+    left, top = x.floor(), y.floor()
+    out = picture.new_zeros(batch, channels, *x.shape[1:])
+    for down, share_y in _taps(y - top, mode):
+        row = (top + down).long().clamp(0, height - 1) * width
+        for right, share_x in _taps(x - left, mode):
+            index = (row + (left + right).long().clamp(0, width - 1)).flatten(1)
+            values = picture.flatten(2).gather(2, index[:, None].expand(-1, channels, -1))
+            out += values.view_as(out) * (share_x * share_y)[:, None]
+    return out
+
+
+def _taps(t: torch.Tensor, mode: str) -> list[tuple[int, torch.Tensor]]:
+    """Pixels beside a place that lies t behind one of them, with their shares; bicubic as PyTorch, with a = -0.75."""
+    if mode == "bilinear":
+        return [(0, 1 - t), (1, t)]
+
+    def near(d: torch.Tensor) -> torch.Tensor:
+        return (1.25 * d - 2.25) * d * d + 1
+
+    def far(d: torch.Tensor) -> torch.Tensor:
+        return -0.75 * (((d - 5) * d + 8) * d - 4)
+
+    return [(-1, far(t + 1)), (0, near(t)), (1, near(1 - t)), (2, far(2 - t))]
 
 
 def _grid(flow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,16 +104,26 @@ def estimate_motion(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         for _ in range(REFINEMENTS):
             flow = _refined(small_a, small_b, flow)
         flow = _median(flow)
-    still, moved = (_box(_difference(small_a, end)) for end in (small_b, warp(small_b, flow, "bicubic")))
+    still, moved = (box(_difference(small_a, end)) for end in (small_b, warp(small_b, flow, "bicubic")))
     return resized(flow * (moved < GAIN * still), (height, width))
 
 
 def reduced(picture: torch.Tensor) -> torch.Tensor:
     """The same picture with no more than WORKING_PIXELS."""
-    scale = 1
-    while math.prod(picture.shape[-2:]) // scale**2 > WORKING_PIXELS:
-        scale *= 2
+    scale = _reduction(*picture.shape[-2:])
     return F.avg_pool2d(picture, scale, ceil_mode=True) if scale > 1 else picture
+
+
+def reduced_size(height: int, width: int) -> tuple[int, int]:
+    scale = _reduction(height, width)
+    return -(-height // scale), -(-width // scale)
+
+
+def _reduction(height: int, width: int) -> int:
+    scale = 1
+    while height * width // scale**2 > WORKING_PIXELS:
+        scale *= 2
+    return scale
 
 
 def resized(flow: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
@@ -81,7 +134,7 @@ def resized(flow: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Ten
     return F.interpolate(flow, size=tuple(size), mode="bilinear", align_corners=False) * factor
 
 
-def _box(values: torch.Tensor, radius: int = 2) -> torch.Tensor:
+def box(values: torch.Tensor, radius: int = 2) -> torch.Tensor:
     padded = F.pad(values, (radius,) * 4, mode="replicate")
     return F.avg_pool2d(padded, 2 * radius + 1, stride=1)
 
@@ -110,7 +163,7 @@ def _matched(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor) -> torch.Tens
     for some in shifts.split(max(1, NUMBERS_AT_ONCE // a.numel())):
         moved = (flow[:, None] + some.view(1, -1, 2, 1, 1)).flatten(0, 1)
         ends, begins, pulls = (part.repeat_interleave(len(some), 0) for part in (b, a, pull))
-        cost = _box(_difference(begins, warp(ends, moved))) + pulls * (1 + _length(moved)).log()
+        cost = box(_difference(begins, warp(ends, moved))) + pulls * (1 + _length(moved)).log()
         costs.append(cost.view(len(flow), len(some), *flow.shape[-2:]))
     best = torch.cat(costs, dim=1).argmin(dim=1)
     return flow + shifts[best].movedim(-1, 1)
@@ -125,7 +178,7 @@ def _refined(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor) -> torch.Tens
     gy = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) / 2
     rest = a - moved
     xx, xy, yy, xr, yr = (
-        _box((p * q).mean(dim=1, keepdim=True))
+        box((p * q).mean(dim=1, keepdim=True))
         for p, q in ((gx, gx), (gx, gy), (gy, gy), (gx, rest), (gy, rest))
     )
     pull = (STILLNESS * _contrast(a)).square()
@@ -137,9 +190,10 @@ def _refined(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor) -> torch.Tens
 
 
 def _median(flow: torch.Tensor) -> torch.Tensor:
-    batch, _, height, width = flow.shape
-    patches = F.unfold(F.pad(flow.reshape(-1, 1, height, width), (1, 1, 1, 1), mode="replicate"), 3)
-    return patches.median(dim=1).values.view(batch, 2, height, width)
+    height, width = flow.shape[-2:]
+    padded = F.pad(flow, (1, 1, 1, 1), mode="replicate")
+    around = [padded[..., y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return torch.stack(around, dim=2).median(dim=2).values
 
 
 def blend(

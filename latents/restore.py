@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .interpolate import Estimate, frame_times, in_between, latent_times
+from .cuts import MOST_OF_LATENTS
+from .interpolate import Estimate, bad_frames, frame_times, in_between, latent_times
 from .stride import (
     LARGEST_STRIDE,
     NOTE,
@@ -30,30 +31,46 @@ OnPicture = Callable[[int, int], None]
 
 
 def note_for(latent: dict[str, Any], stride: int = 0, length: int = 0) -> StrideNote | None:
-    """How to restore `latent`: from its note, or as given (length in video frames); None if neither tells.
+    """How to restore `latent`: from its note, or as given (length in video frames); None if it has its full length.
 
-    Raises ValueError, naming the input, for a length or stride that does not go with the latent's.
+    Raises ValueError, naming the input, for a latent of which nothing tells, and for a length or stride that does not go
+    with the latent's note or its length.
     """
     strided = video_of(latent).shape[2]
-    note = StrideNote.read(latent)
+    found, note = StrideNote.found(latent), StrideNote.read(latent)
+    if note is not None and stride not in (0, note.stride):
+        raise ValueError(
+            f"stride: {stride} is set, but the latent was strided by {note.stride}: {note.frames} latent frames became "
+            f"{note.strided_frames}. Set 0 or {note.stride}."
+        )
+    is_longer = found is not None and strided > found.strided_frames and strided != found.frames
+    if found is not None and is_longer and not length and stride in (0, found.stride):
+        raise ValueError(
+            f"latent: its note tells of {found.strided_frames} latent frames, and it has {strided}. If the others are guides "
+            "or generated keyframes, crop or separate them before this node; if the note is another clip's, which "
+            "sound may bring along, set length."
+        )
     if not stride and not length:
-        if note is None:
-            logger.warning(
-                "FrameThrift: Latent Flow Interpolate found no stride in the latent, or one of another length; the "
-                "latent is handed on as it is. If a node in between dropped the note, set stride and length."
+        if note is not None:
+            stride, frames = note.stride, note.frames
+        elif found is not None and strided == found.frames:
+            stride, frames = 1, strided
+        else:
+            raise ValueError(
+                "stride: the latent has no note of this clip from Keyframe Stride, so that its full length cannot be told. "
+                "If a node in between dropped it, as those do that put images in place or crop guides, set stride and "
+                "length as they were; if the clip was never strided, set 1."
             )
-            return None
-        stride, frames = note.stride, note.frames
     elif strided == 1 and stride != 1:
         raise ValueError("latent: it has a single latent frame, so there is nothing in between.")
     else:
         if length:
             frames = (length - 1) // VIDEO_FRAMES + 1
         else:
-            frames = note.frames if note is not None and note.stride == stride else stride * (strided - 1) + 1
+            frames = note.frames if note is not None else stride * (strided - 1) + 1
         if not stride:
             stride = note.stride if note is not None else math.ceil((frames - 1) / (strided - 1))
-    if note is None and not length and has_guides(mask_of(latent)):
+    if note is None and not length and stride != 1 and has_guides(mask_of(latent)):
         raise ValueError(
             "latent: its last frames are held, as added guides are, so that its full length cannot be told. Put the node "
             "that crops guides before this one, or set length."
@@ -85,9 +102,10 @@ def restore_latents(
 ) -> dict[str, Any]:
     """`latent` at its full length, its latent frames in between mixed as they are: a preview."""
     video = video_of(latent)
+    _warn_of(bad_frames(video), "latent frame")
     times, wanted = latent_times(note.strided_frames, note.stride), latent_times(note.frames)
     out = video.new_empty(*video.shape[:2], note.frames, *video.shape[3:])
-    for place, picture in in_between(video, times, wanted, method, estimate, device):
+    for place, picture in in_between(video, times, wanted, method, estimate, device, MOST_OF_LATENTS):
         out[:, :, place] = picture
         on_picture(place + 1, note.frames)
     return restored(latent, note, out)
@@ -106,11 +124,26 @@ def restore_frames(
     times, wanted = frame_times(frames.shape[1], note.stride), frame_times(total)
     out = frames.new_empty(frames.shape[0], total, *frames.shape[2:])
     clip = frames.movedim(-1, 1)
+    _warn_of([k * note.stride for k in bad_frames(clip)], "video frame")
     for place, picture in in_between(clip, times, wanted, method, estimate, device):
         out[:, place] = picture.movedim(1, -1)
-        out[:, place].clamp_(0, 1)
+        if place % note.stride:
+            out[:, place].clamp_(0, 1)
         on_picture(place + 1, total)
     return out
+
+
+def _warn_of(bad: list[int], kind: str) -> None:
+    if bad:
+        logger.warning(
+            "FrameThrift: Latent Flow Interpolate: %s%s %s hold%s values that are no numbers (NaN or infinite). They stay as "
+            "they are; frames in between take those values from their other side. The cause lies before this node: try "
+            "the VAE or the model in a wider dtype.",
+            kind,
+            "s"[: len(bad) > 1],
+            ", ".join(map(str, bad)),
+            "s"[: len(bad) == 1],
+        )
 
 
 def restored(latent: dict[str, Any], note: StrideNote, video: torch.Tensor) -> dict[str, Any]:

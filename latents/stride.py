@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,23 +19,50 @@ LARGEST_STRIDE = 8
 
 @dataclass(frozen=True)
 class StrideNote:
-    """How a LATENT was thinned: `frames` latent frames became `strided_frames`."""
+    """How a LATENT was thinned: `frames` latent frames became `strided_frames`.
+
+    Sound hands the note on to whatever video joins it. So beside sound the note tells, too, how long that was and how
+    high and wide the video; 0 where there was none.
+    """
 
     stride: int
     frames: int
     strided_frames: int
+    audio_frames: int = 0
+    height: int = 0
+    width: int = 0
+
+    @classmethod
+    def found(cls, latent: dict[str, Any]) -> StrideNote | None:
+        """The note in `latent`, whether or not it tells of this video."""
+        value = latent.get(NOTE)
+        needed = {"stride", "frames", "strided_frames"}
+        if not isinstance(value, dict) or not needed <= value.keys() <= cls.__dataclass_fields__.keys():
+            return None
+        return cls(**value)
 
     @classmethod
     def read(cls, latent: dict[str, Any]) -> StrideNote | None:
-        """The note in `latent`, if there is one and it tells of a video of this length."""
-        value = latent.get(NOTE)
-        if not isinstance(value, dict) or value.keys() != cls.__dataclass_fields__.keys():
-            return None
-        note = cls(**value)
-        return note if video_of(latent).shape[2] == note.strided_frames else None
+        """The note in `latent`, if there is one and it can be true of this video and sound."""
+        note = cls.found(latent)
+        return note if note is not None and note.is_true_of(latent) else None
+
+    def is_true_of(self, latent: dict[str, Any]) -> bool:
+        frames, height, width = video_of(latent).shape[2:]
+        if frames != self.strided_frames:
+            return False
+        audio = audio_frames(latent)
+        if audio and self.audio_frames and audio != self.audio_frames:
+            return False
+        # Made larger since, a video keeps its shape, up to a crop.
+        return not self.width or 0.8 < height * self.width / (self.height * width) < 1.25
 
     def write(self, latent: dict[str, Any]) -> dict[str, Any]:
-        return {**latent, NOTE: asdict(self)}
+        note, audio = self, audio_frames(latent)
+        if audio:
+            height, width = video_of(latent).shape[3:]
+            note = replace(self, audio_frames=audio, height=height, width=width)
+        return {**latent, NOTE: {name: value for name, value in asdict(note).items() if value}}
 
 
 def strided_length(frames: int, stride: int) -> int:
@@ -43,8 +70,34 @@ def strided_length(frames: int, stride: int) -> int:
     return math.ceil((frames - 1) / stride) + 1
 
 
+def guide_frames(frames: int, stride: int) -> torch.Tensor:
+    """Which of a guide's `frames` video frames go with a strided clip: as many as the clip's part under it needs.
+
+    A guide of T latent frames becomes one of strided_length(T), its last frame repeated where the stride overshoots.
+    """
+    needed = video_frames(strided_length((frames - 1) // VIDEO_FRAMES + 1, stride))
+    return (torch.arange(max(needed, math.ceil(frames / stride))) * stride).clamp(max=frames - 1)
+
+
 def video_frames(latent_frames: int) -> int:
     return VIDEO_FRAMES * (latent_frames - 1) + 1
+
+
+def low_rate(frame_rate: float, stride: int) -> float:
+    """The rate of a strided clip. Raises ValueError for what is no rate; 0 stands for one that was not given."""
+    if not math.isfinite(frame_rate) or frame_rate < 0:
+        raise ValueError(
+            f"frame_rate: expected the full frames a second, or 0 for not given, got {frame_rate:g}. Connect the rate that "
+            "the conditioning gets."
+        )
+    return frame_rate / stride
+
+
+def audio_frames(latent: dict[str, Any]) -> int:
+    """How long the sound beside the video is, in its latent frames; 0 without sound."""
+    samples = latent["samples"]
+    parts = samples.unbind() if samples.is_nested else [samples]
+    return int(parts[1].shape[2]) if len(parts) > 1 else 0
 
 
 def video_of(latent: dict[str, Any]) -> torch.Tensor:
@@ -82,28 +135,46 @@ def _replaced(samples: Any, video: torch.Tensor) -> Any:
     return type(samples)([video, *samples.unbind()[1:]]) if samples.is_nested else video
 
 
+def refuse_strided(latent: dict[str, Any]) -> None:
+    """Raises ValueError if stride 1, which keeps the latent, meets one that was thinned: it would stay short."""
+    note = StrideNote.read(latent)
+    if note is not None:
+        raise ValueError(
+            f"stride: 1 is the full length, but the latent is strided already: {note.strided_frames} latent frames instead of "
+            f"{note.frames}. Connect the full-length latent, or leave this node out and keep the MODEL of the node that "
+            "strided it."
+        )
+
+
 def thin(
     latent: dict[str, Any],
     stride: int,
     reencode: Callable[[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Tensor] | None = None,
+    channels: int | None = None,
 ) -> dict[str, Any]:
     """`latent` with every `stride`-th frame's worth of time, and the note of it. The input is not changed.
 
     An empty video stays empty; its first frame may hold an image and keeps it, with its mask. Other content has
     full-rate frames inside its latent frames: `reencode(video, thin_frames)` decodes it, lets `thin_frames` pick
     from the frames [B, F, H, W, 3], and encodes the rest. Raises ValueError where that is not given, for guides,
-    and for strides that leave no clip.
+    for strides that leave no clip, and for latents of other channels than the model's.
     """
     video, mask = video_of(latent), mask_of(latent)
     frames = video.shape[2]
+    if channels is not None and video.shape[1] != channels:
+        raise ValueError(
+            f"latent: expected {channels} channels, as this model's latents have, got {video.shape[1]}. Connect the empty "
+            "latent, or the VAE Encode, of the model's family."
+        )
     if frames == 1:
         raise ValueError(
-            "latent: it has a single latent frame, so there is nothing to skip. Set a length of 9 video frames or more."
+            "latent: it has a single latent frame, so there is nothing to skip. With this stride set a length of "
+            f"{video_frames(stride + 1)} video frames or more."
         )
     if stride > frames - 1:
         raise ValueError(
             f"stride: {stride} is too large for {frames} latent frames ({video_frames(frames)} video frames). "
-            f"Set it to {frames - 1} or less, or make the clip longer."
+            f"Set it to {frames - 1} or less, or make the clip longer: {video_frames(stride + 1)} video frames."
         )
     if StrideNote.read(latent) is not None:
         raise ValueError(
@@ -121,8 +192,8 @@ def thin(
         )
     elif not filled.all():
         raise ValueError(
-            "latent: some latent frames after the first hold content and others do not, as guides or images put in "
-            "place do. Connect the latent without them and add guides after KeyframeStride."
+            "latent: some latent frames after the first hold content and others do not, as guides, generated keyframes or "
+            "images put in place do. Connect the latent without them and add them after KeyframeStride."
         )
     elif reencode is None:
         raise ValueError(

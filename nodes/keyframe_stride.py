@@ -4,9 +4,11 @@ import logging
 from typing import Any
 
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..latents import pixels
-from ..latents.stride import LARGEST_STRIDE, StrideNote, thin
+from ..latents.stride import LARGEST_STRIDE, StrideNote, low_rate, refuse_strided, thin
+from ..patches import layouts
 from ..patches.keyframes import KeyframeTimes
 from ..patches.mount import mount, plan_of
 
@@ -37,8 +39,9 @@ class KeyframeStride(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     tooltip=(
-                        "The full-length video or audio-video latent. Audio keeps its length. Add guides after this "
-                        "node, with frame numbers of the low frame rate."
+                        "The full-length video or audio-video latent. Audio keeps its length. Add guides and generated "
+                        "keyframes after this node, with frame numbers of the low frame rate. A sampler that makes its own "
+                        "latent is given the low length by hand."
                     ),
                 ),
                 io.Int.Input(
@@ -74,8 +77,8 @@ class KeyframeStride(io.ComfyNode):
                 io.Float.Output(
                     display_name="frame_rate",
                     tooltip=(
-                        "The low frame rate, for a clip that is shown without in-betweening; 0 if none was given. Not for the "
-                        "conditioning, which keeps the full rate."
+                        "The low frame rate, for a clip that is shown without in-betweening; only with frame_rate set. Not "
+                        "for the conditioning, which keeps the full rate."
                     ),
                 ),
             ],
@@ -85,18 +88,27 @@ class KeyframeStride(io.ComfyNode):
     def execute(
         cls, model: Any, latent: dict[str, Any], stride: int, frame_rate: float = 0.0, vae: Any = None
     ) -> io.NodeOutput:
+        low = low_rate(frame_rate, stride)
+        shown: Any = low or ExecutionBlocker("Keyframe Stride: set frame_rate to get the low one.")
         if stride == 1:
+            refuse_strided(latent)
             if any(isinstance(entry, KeyframeTimes) for entry in plan_of(model)):
                 model = mount(model, KeyframeTimes(1, 0, 0))
-            return io.NodeOutput(model, latent, frame_rate)
+            return io.NodeOutput(model, latent, shown)
+        inner = getattr(model, "model", None)
+        if not layouts.knows(getattr(inner, "diffusion_model", None)):
+            raise ValueError(
+                f"model: expected LTX-Video or LTX-2, got {type(inner).__name__}, whose frame times cannot be stretched. "
+                "Connect one of those, or set stride to 1."
+            )
 
         def reencode(video: Any, thin_frames: Any) -> Any:
             return pixels.encode(vae, thin_frames(pixels.decode(vae, video)))
 
-        thinned = thin(latent, stride, None if vae is None else reencode)
+        channels = getattr(getattr(inner, "latent_format", None), "latent_channels", None)
+        thinned = thin(latent, stride, None if vae is None else reencode, channels)
         note = StrideNote.read(thinned)
         assert note is not None
-        low = frame_rate / stride
         if 0 < low < SAFE_RATE:
             logger.warning(
                 "FrameThrift: keyframe stride %d makes %g frames a second. LTX-2 is made for 24 to 50; 48 or 50 down to "
@@ -106,4 +118,4 @@ class KeyframeStride(io.ComfyNode):
                 low,
             )
         patched = mount(model, KeyframeTimes(stride, note.frames, note.strided_frames, frame_rate))
-        return io.NodeOutput(patched, thinned, low)
+        return io.NodeOutput(patched, thinned, shown)

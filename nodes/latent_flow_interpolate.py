@@ -7,8 +7,8 @@ import comfy.utils
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..latents import pixels
-from ..latents.flow import RaftFlow, memory_used
+from ..latents import flow, interpolate, pixels
+from ..latents.flow import RaftFlow
 from ..latents.interpolate import LINEAR, SMOOTH, Estimate
 from ..latents.motion import estimate_motion
 from ..latents.restore import note_for, restore_frames, restore_latents, restored
@@ -34,7 +34,10 @@ class LatentFlowInterpolate(io.ComfyNode):
             inputs=[
                 io.Latent.Input(
                     "latent",
-                    tooltip="A sampled latent that went through Keyframe Stride. Audio is kept as it is.",
+                    tooltip=(
+                        "A sampled latent that went through Keyframe Stride, without guides and generated keyframes. Audio is "
+                        "kept as it is."
+                    ),
                 ),
                 io.Combo.Input(
                     "method",
@@ -67,7 +70,10 @@ class LatentFlowInterpolate(io.ComfyNode):
                     min=0,
                     max=LARGEST_STRIDE,
                     optional=True,
-                    tooltip="0 = from the latent's note. Set it where another node has dropped the note.",
+                    tooltip=(
+                        "0 = from the latent's note. Set it where another node has dropped the note; 1 for a clip that was "
+                        "never strided, which is handed on."
+                    ),
                     extra_dict={"advanced": True},
                 ),
                 io.Int.Input(
@@ -103,13 +109,13 @@ class LatentFlowInterpolate(io.ComfyNode):
         if vae is None:
             no_images = ExecutionBlocker("Latent Flow Interpolate: connect vae to get images.")
             if note is not None:
-                _load(optical_flow, method, video_of(latent).shape[-2:])
+                _make_room(optical_flow, method, video_of(latent).shape, device)
                 latent = restore_latents(latent, note, method, estimate, device, _progress())
             return io.NodeOutput(latent, no_images)
         frames = pixels.decode(vae, video_of(latent))
         restored_latent: Any = latent
         if note is not None:
-            _load(optical_flow, method, frames.shape[-3:-1])
+            _make_room(optical_flow, method, frames.movedim(-1, 1).shape, device)
             frames = restore_frames(frames, note, method, estimate, device, _progress())
             restored_latent = restored(latent, note, pixels.encode(vae, frames)) if encode else None
         if note is not None and not encode:
@@ -136,9 +142,13 @@ def _estimator(method: str, optical_flow: Any) -> Estimate | None:
     return RaftFlow(optical_flow.model)
 
 
-def _load(optical_flow: Any, method: str, size: tuple[int, int]) -> None:
+def _make_room(optical_flow: Any, method: str, shape: tuple[int, ...], device: Any) -> None:
+    """Asks ComfyUI for what in-betweening a clip of this shape takes on the device."""
+    needed = interpolate.memory_used(shape)
     if method == OPTICAL_FLOW:
-        mm.load_models_gpu([optical_flow], memory_required=memory_used(*size))
+        mm.load_models_gpu([optical_flow], memory_required=needed + flow.memory_used(*shape[-2:]))
+    else:
+        mm.free_memory(needed + mm.extra_reserved_memory(), device)
 
 
 def _progress() -> Any:

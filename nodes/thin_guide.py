@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..latents.stride import LARGEST_STRIDE
+from ..latents.stride import LARGEST_STRIDE, guide_frames
 
 
 class ThriftThinGuide(io.ComfyNode):
@@ -16,7 +16,7 @@ class ThriftThinGuide(io.ComfyNode):
             category="FrameThrift",
             description=(
                 "For guides that are videos: keeps one frame in so many, from the first on, as Keyframe Stride does with "
-                "the clip. Put it before the node that adds the guide, whose frame numbers are those of the low rate then."
+                "the clip, and repeats the last where the strided clip is a little longer. Put it before the node that adds the guide, whose frame numbers are those of the low rate then."
             ),
             inputs=[
                 io.Image.Input("image", tooltip="The frames of the guide, at the full frame rate."),
@@ -33,4 +33,4 @@ class ThriftThinGuide(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: Any, stride: int) -> io.NodeOutput:
-        return io.NodeOutput(image[::stride])
+        return io.NodeOutput(image if stride == 1 else image[guide_frames(len(image), stride)])

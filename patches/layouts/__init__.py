@@ -26,7 +26,12 @@ def read_layout(
     return Unclear(UNKNOWN_MODEL)
 
 
-def stream_of(diffusion_model: torch.nn.Module, noise_shape: tuple[int, ...]) -> Stream | None:
+def stream_of(diffusion_model: torch.nn.Module | None, noise_shape: tuple[int, ...]) -> Stream | None:
     """The video tokens that sampling this noise takes; None if the model is unknown."""
     model = getattr(diffusion_model, "_orig_mod", diffusion_model)
     return next((stream for read in STREAMS if (stream := read(model, noise_shape)) is not None), None)
+
+
+def knows(diffusion_model: torch.nn.Module | None) -> bool:
+    """Whether the model is of a family that has a file here."""
+    return stream_of(diffusion_model, (1, 1, 1, 1, 1)) is not None

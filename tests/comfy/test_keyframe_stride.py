@@ -151,6 +151,45 @@ def test_stride_1_hands_on_what_came(node):
     assert out[0] is model and out[1] is latent and out[2] == 24.0
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_rate_that_was_not_given_does_not_come_out_as_0(node, stride):
+    """A video of no frames a second would be made of it: whatever is connected is told instead."""
+    blocker = node.execute(build_model(), {"samples": torch.zeros(1, 128, *SHAPE)}, stride).args[2]
+    assert type(blocker).__name__ == "ExecutionBlocker" and "set frame_rate" in blocker.message
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_is_no_frame_rate_is_refused_by_name(node, stride, rate):
+    with pytest.raises(ValueError, match="^frame_rate: "):
+        node.execute(build_model(), {"samples": torch.zeros(1, 128, *SHAPE)}, stride, rate)
+
+
+def test_models_and_latents_of_another_family_are_refused_by_name(node):
+    """The model would decline and the clip would play too fast; stride 1 changes nothing on any."""
+
+    class Other(torch.nn.Module):
+        pass
+
+    model, latent = build_model(), {"samples": torch.zeros(1, 128, *SHAPE)}
+    strange = {"samples": torch.zeros(1, 16, *SHAPE)}
+    with pytest.raises(ValueError, match="^latent: expected 128 channels"):
+        node.execute(model, strange, 2)
+    model.model.diffusion_model = Other()
+    with pytest.raises(ValueError, match="^model: expected LTX-Video or LTX-2"):
+        node.execute(model, latent, 2)
+    for given in (latent, strange):
+        out = node.execute(model, given, 1, 24.0).args
+        assert out[0] is model and out[1] is given
+
+
+def test_stride_1_does_not_keep_a_short_latent(node):
+    """It would take the stretched times off and leave half the frames."""
+    ours, latent, _ = node.execute(build_model(), {"samples": torch.zeros(1, 128, *SHAPE)}, 2, 24.0).args
+    with pytest.raises(ValueError, match=r"^stride: 1 is the full length.*5 latent frames instead of 9"):
+        node.execute(ours, latent, 1, 24.0)
+
+
 def test_stride_1_takes_an_earlier_stride_off(node, pack):
     latent = {"samples": torch.zeros(1, 128, *SHAPE)}
     strided = node.execute(build_model(), latent, 2).args[0]
@@ -179,8 +218,7 @@ def test_a_clip_beyond_the_models_seconds_is_warned_about_once(node, caplog):
 
 @pytest.mark.parametrize(("rate", "stride", "is_low"), [(48.0, 2, False), (24.0, 2, True), (0.0, 2, False)])
 def test_a_low_frame_rate_gets_one_honest_line(node, caplog, rate, stride, is_low):
-    out = node.execute(build_model(), {"samples": torch.zeros(1, 128, *SHAPE)}, stride, rate).args
-    assert out[2] == rate / stride
+    node.execute(build_model(), {"samples": torch.zeros(1, 128, *SHAPE)}, stride, rate)
     assert caplog.text.count("depends on the weights") == is_low
 
 
@@ -191,6 +229,23 @@ def test_a_model_without_a_frame_rate_declines(node, last, pack, monkeypatch):
     ours = node.execute(model, {"samples": torch.zeros(1, 128, *SHAPE)}, 2).args[0]
     assert equal(sample(ours, noise=noise), sample(model, noise=noise))
     assert last(ours)["declined"].keys() == {"NO_FRAME_RATE"}
+
+
+@pytest.mark.parametrize(("latent_frames", "stride"), [(16, 2), (9, 2), (9, 3), (16, 4), (16, 7)])
+def test_a_guide_as_long_as_the_clip_guides_all_of_it(node, tiny, pack, latent_frames, stride):
+    guides = pytest.importorskip("comfy_extras.nodes_lt", reason="this tree has no LTX nodes").LTXVAddGuide
+    frames = torch.rand(8 * latent_frames - 7, 64, 64, 3)
+    image = pack("nodes.thin_guide").ThriftThinGuide.execute(frames, stride).args[0]
+    empty = {"samples": torch.zeros(1, 128, latent_frames, 2, 2)}
+    latent = node.execute(build_model(), empty, stride, 24.0).args[1]
+    conds = at_rate("ltxv", 24.0)
+    guided = guides.execute(
+        conds["positive"], conds["negative"], tiny("vae").CodecVAE(), latent, image, 0, 1.0
+    )
+    assert guided.args[2]["samples"].shape[2] == 2 * latent["samples"].shape[2]
+    assert pack("nodes.thin_guide").ThriftThinGuide.execute(frames, 1).args[0] is frames
+    one = pack("nodes.thin_guide").ThriftThinGuide.execute(frames[:1], stride).args[0]
+    assert torch.equal(one, frames[:1])
 
 
 @pytest.mark.parametrize("guide_frames", [1, 17])

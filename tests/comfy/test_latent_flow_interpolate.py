@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import weakref
 
 import comfy.model_management
 import comfy.model_patcher
@@ -10,6 +10,7 @@ import comfy.nested_tensor
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("comfy.sd", reason="this ComfyUI tree has no VAE", exc_type=ImportError)
 
@@ -110,17 +111,26 @@ def test_audio_and_the_first_mask_are_kept(node, stride_node, vae):
         assert torch.equal(out[0], mask) and torch.equal(out[1], torch.ones(1, 1, 40, 16))
 
 
-def test_without_a_note_the_latent_is_handed_on(node, vae, caplog):
+@pytest.mark.parametrize("settings", [{}, {"encode": False}, {"vae": None}])
+def test_without_a_note_it_asks_before_any_work(node, vae, monkeypatch, settings):
     latent = {"samples": torch.randn(1, 128, 3, 2, 2)}
-    with caplog.at_level(logging.WARNING):
-        out, frames = node.execute(latent, "motion", vae=vae).args
-    assert out is latent and frames.shape[0] == 17 and "handed on as it is" in caplog.text
+    monkeypatch.setattr(vae, "decode", lambda *_: pytest.fail("work before the check"))
+    with pytest.raises(ValueError, match="^stride: .*never strided, set 1"):
+        node.execute(latent, "motion", **{"vae": vae, **settings})
 
 
-def test_without_a_note_and_without_encode_the_latent_is_handed_on_too(node, vae):
-    latent = {"samples": torch.randn(1, 128, 3, 2, 2)}
-    out, frames = node.execute(latent, "motion", vae=vae, encode=False).args
-    assert out is latent and frames.shape[0] == 17
+def test_an_image_put_in_place_after_the_stride_does_not_halve_the_clip(node, vae, stride_node):
+    """Core's node drops the note; with sound the sound's copy brings it back."""
+    lt = pytest.importorskip("comfy_extras.nodes_lt")
+    empty, sound = {"samples": torch.zeros(1, 128, 5, 16, 16)}, {"samples": torch.zeros(1, 8, 33, 16)}
+    strided = stride_node.execute(any_model(), lt.LTXVConcatAVLatent.execute(empty, sound).args[0], 2).args[1]
+    video, audio = lt.LTXVSeparateAVLatent.execute(strided).args
+    placed = lt.LTXVImgToVideoInplace.execute(vae, moving(1), video, 1.0).args[0]
+    with pytest.raises(ValueError, match="^stride: "):
+        node.execute(placed, "linear")
+    assert node.execute(placed, "linear", stride=2).args[0]["samples"].shape[2] == 5
+    again = lt.LTXVConcatAVLatent.execute(placed, audio).args[0]
+    assert node.execute(again, "linear").args[0]["samples"].unbind()[0].shape[2] == 5
 
 
 def test_stride_1_by_hand_costs_no_encoding(node, vae, monkeypatch):
@@ -130,20 +140,99 @@ def test_stride_1_by_hand_costs_no_encoding(node, vae, monkeypatch):
     assert out is latent and frames.shape[0] == 17
 
 
-def test_large_clips_are_decoded_in_tiles(node, strided, vae, pack, monkeypatch):
-    """What does not fit into memory at once: the same frames, tile by tile."""
-    whole = node.execute(strided, "linear", vae=vae).args[1]
-    tiles = []
-    stage = vae.first_stage_model.codec
-    decode = stage.decode
-    monkeypatch.setattr(stage, "decode", lambda latent: tiles.append(latent.shape) or decode(latent))
-    monkeypatch.setattr(pack("latents.pixels"), "TILE", 32)
-    monkeypatch.setattr(pack("latents.pixels"), "OVERLAP", 8)
+class ShortOfMemory:
+    """Lets a codec run out of memory on more than `numbers` of its input at once, and notes what it was given."""
+
+    def __init__(self, stage, name, numbers):
+        self.run, self.numbers, self.given = getattr(stage, name), numbers, []
+
+    def __call__(self, x, **kwargs):
+        self.given.append(tuple(x.shape[2:]))
+        if x.numel() > self.numbers:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return self.run(x, **kwargs)
+
+
+@pytest.fixture
+def large(pack, monkeypatch, vae):
+    """A clip of four tiles in space and several pieces in time; the VAE that is asked for it."""
+    monkeypatch.setattr(pack("latents.pixels"), "TILE_FRAMES", 16)
+    monkeypatch.setattr(pack("latents.pixels"), "OVERLAP_FRAMES", 8)
     monkeypatch.setattr(vae, "memory_used_decode", lambda *_: 2**60)
-    with torch.inference_mode():
-        tiled = node.execute(strided, "linear", vae=vae, encode=False).args[1]
-    assert len(tiles) > 4 and all(max(shape[-2:]) <= 8 for shape in tiles)
-    assert torch.allclose(tiled, whole, atol=1e-4)
+    monkeypatch.setattr(vae, "memory_used_encode", lambda *_: 2**60)
+    frames = torch.nn.functional.interpolate(moving(41).movedim(-1, 1), size=(320, 320)).movedim(1, -1)
+    return frames, vae.encode(frames)
+
+
+def test_the_whole_clip_is_decoded_first_whatever_was_estimated(pack, large, vae, monkeypatch):
+    frames, video = large
+    stage = ShortOfMemory(vae.first_stage_model, "decode", video.numel())
+    monkeypatch.setattr(vae.first_stage_model, "decode", stage)
+    assert torch.allclose(pack("latents.pixels").decode(vae, video)[0], frames, atol=1e-3)
+    assert stage.given == [(6, 80, 80)]
+
+
+@pytest.mark.parametrize("way", ["decode", "encode"])
+def test_tiles_in_space_come_before_pieces_in_time(pack, large, vae, monkeypatch, way, caplog):
+    """And the same comes out of all three."""
+    frames, video = large
+    pixels = pack("latents.pixels")
+    given, whole = (frames[None], video) if way == "encode" else (video, vae.decode(video))
+    numbers, length = given.numel(), given.shape[1 if way == "encode" else 2]
+    for share, lengths in ((2, {length}), (8, {length, 2, 9, 16, 17})):
+        stage = ShortOfMemory(vae.first_stage_model, way, numbers // share)
+        with monkeypatch.context() as patched:
+            patched.setattr(vae.first_stage_model, way, stage)
+            out = getattr(pixels, way)(vae, given)
+        assert torch.allclose(out, whole, atol=1e-3)
+        assert stage.given[0][0] == length, "the whole first"
+        assert {shape[0] for shape in stage.given} <= lengths, share
+        assert (stage.given[-1][0] < length) == (share == 8) == ("seam" in caplog.text)
+        assert len(stage.given) > 4
+
+
+def test_other_errors_of_a_vae_are_not_taken_for_want_of_memory(pack, vae, monkeypatch):
+    monkeypatch.setattr(vae, "decode", lambda *_: 1 / 0)
+    monkeypatch.setattr(vae, "decode_tiled", lambda *_, **__: pytest.fail("tried again"))
+    with pytest.raises(ZeroDivisionError):
+        pack("latents.pixels").decode(vae, torch.zeros(1, 128, 2, 4, 4))
+
+
+class OtherVAE:
+    """What core says of a VAE of four frames, of one for images, and of one with other channels."""
+
+    def __init__(self, channels, time):
+        self.latent_channels, self.time = channels, time
+
+    def temporal_compression_decode(self):
+        return self.time
+
+    def decode(self, *_):
+        pytest.fail("work before the check")
+
+
+@pytest.mark.parametrize(("channels", "time"), [(16, 4), (128, 4), (16, None), (16, 8)])
+def test_a_vae_of_another_family_is_refused_by_name(node, stride_node, strided, channels, time):
+    other = OtherVAE(channels, time)
+    with pytest.raises(ValueError, match="^vae: expected one that makes 128 channels"):
+        node.execute(strided, "motion", vae=other)
+    with pytest.raises(ValueError, match="^vae: expected one that makes 128 channels"):
+        stride_node.execute(any_model(), {"samples": torch.ones(1, 128, 5, 2, 2)}, 2, vae=other)
+
+
+def test_a_real_vae_of_four_frames_is_refused(node, strided):
+    import comfy.ldm.wan.vae
+    import comfy.sd
+
+    state = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16).state_dict()
+    try:
+        wan = comfy.sd.VAE(sd=state)
+    except Exception as error:
+        pytest.skip(f"this tree builds no such VAE of this size: {error}")
+    with pytest.raises(
+        ValueError, match="^vae: expected one that makes 128 channels.*got 16 channels and 4 video"
+    ):
+        node.execute(strided, "motion", vae=wan)
 
 
 @pytest.mark.parametrize("method", ["linear", "motion"])
@@ -171,6 +260,68 @@ def test_a_longer_clip_takes_no_more_memory_to_work_in(pack, method):
         return seen.numbers
 
     assert largest(64) <= 1.01 * largest(32)
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes in tensors made under it that were alive at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        }
+        for made in tree_leaves(out):
+            if isinstance(made, torch.Tensor):
+                self.count(made.untyped_storage(), given)
+        return out
+
+    def count(self, storage, given):
+        key, size = storage._cdata, storage.nbytes()
+        if key in given or key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def gone():
+            self.known.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, gone)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 3, 1080, 1920), (1, 3, 20, 256, 256), (2, 3, 2, 480, 832), (1, 128, 9, 22, 40)]
+)
+def test_the_memory_that_motion_asks_for_is_what_it_takes(pack, shape):
+    interpolate, motion = pack("latents.interpolate"), pack("latents.motion")
+    clip = torch.rand(shape)
+    times, wanted = interpolate.frame_times(shape[2], 2), interpolate.frame_times(2 * shape[2] - 1)
+    with Alive() as alive:
+        for _ in interpolate.in_between(clip, times, wanted, "motion", motion.estimate_motion):
+            pass
+    assert alive.peak < interpolate.memory_used(shape) < 2.5 * alive.peak
+
+
+@pytest.mark.parametrize("with_vae", [True, False])
+def test_room_is_asked_for_before_the_work(node, strided, vae, pack, monkeypatch, with_vae):
+    interpolate, asked = pack("latents.interpolate"), []
+    monkeypatch.setattr(
+        comfy.model_management, "free_memory", lambda size, device, *_, **__: asked.append((size, device))
+    )
+    monkeypatch.setattr(interpolate, "in_between", lambda *_: pytest.fail("not asked") if not asked else [])
+    monkeypatch.setattr(pack("latents.restore"), "in_between", interpolate.in_between)
+    node.execute(strided, "motion", vae=vae if with_vae else None, encode=False)
+    shape = (1, 3, 17, 64, 64) if with_vae else (1, 128, 3, 16, 16)
+    assert (
+        asked[-1][0] >= interpolate.memory_used(shape)
+        and asked[-1][1] == comfy.model_management.get_torch_device()
+    )
 
 
 @pytest.mark.parametrize("size", [(704, 1280), (1088, 1920), (64, 64), (22, 40)])

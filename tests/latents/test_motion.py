@@ -160,3 +160,38 @@ def test_splat_keeps_sums_and_moves_whole_pixels(motion):
     assert torch.allclose(moved[:, :, :-1, 2:], values[:, :, 1:, :-2])
     half = motion.splat(values, torch.full((1, 2, 6, 7), 0.5))
     assert half.sum() < values.sum() and half[..., 1:-1, 1:-1].isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_gathering_is_what_grid_sample_does(motion, mode, monkeypatch):
+    """For devices that cannot do the latter, far beyond the edges too."""
+    generator = torch.Generator().manual_seed(1)
+    for size in ((13, 17), (2, 3), (1, 5), (1, 1)):
+        picture = torch.randn(2, 3, *size, generator=generator)
+        flow = torch.randn(2, 2, *size, generator=generator) * 8
+        flow[0, :, 0, 0], flow[1, :, 0, 0] = 1e6, -1e6
+        flow[0, :, -1, -1] = 0.0
+        with monkeypatch.context() as patched:
+            usual = motion.warp(picture, flow, mode)
+            patched.setattr(motion, "_has_grid_sample", lambda *_: False)
+            patched.setattr(F, "grid_sample", lambda *_, **__: pytest.fail("not there"))
+            assert torch.allclose(motion.warp(picture, flow, mode), usual, atol=1e-4)
+
+
+def test_without_grid_sample_the_pictures_are_the_same(motion, monkeypatch):
+    a, b = SCENES["rotation"](0.0), SCENES["rotation"](1.0)
+    usual = between(motion, a, b, 0.5)
+    grid_sample, asked = F.grid_sample, []
+
+    def refused(picture, *args, **kwargs):
+        asked.append(kwargs["mode"])
+        raise NotImplementedError("MPS: unsupported")
+
+    monkeypatch.setattr(F, "grid_sample", refused)
+    motion._has_grid_sample.cache_clear()
+    try:
+        assert torch.allclose(between(motion, a, b, 0.5), usual, atol=1e-3)
+        assert sorted(asked) == ["bicubic", "bilinear"], "each mode is tried once"
+    finally:
+        monkeypatch.setattr(F, "grid_sample", grid_sample)
+        motion._has_grid_sample.cache_clear()

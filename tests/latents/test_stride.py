@@ -113,8 +113,9 @@ def test_a_video_is_decoded_thinned_and_encoded(stride):
 @pytest.mark.parametrize(
     ("make", "step", "words"),
     [
-        (lambda: empty(1), 2, "single latent frame"),
-        (lambda: empty(3), 3, "Set it to 2 or less"),
+        (lambda: empty(1), 2, "single latent frame.*17 video frames or more"),
+        (lambda: empty(1), 8, "single latent frame.*65 video frames or more"),
+        (lambda: empty(3), 3, "Set it to 2 or less.*25 video frames"),
         (lambda: {"samples": torch.zeros(1, 4, 8, 8)}, 2, "expected a video latent"),
         (lambda: {"samples": torch.ones(1, 128, 9, 2, 3)}, 2, "Connect vae"),
     ],
@@ -136,16 +137,111 @@ def test_latents_with_guides_are_refused(stride):
         stride.thin(video, 2, lambda *_: torch.zeros(1))
 
 
+def test_a_length_that_an_error_advises_works(stride):
+    for step in range(2, 9):
+        assert stride.thin(empty(step + 1), step)["samples"].shape[2] == 2
+
+
 def test_a_strided_latent_is_not_strided_again(stride):
     with pytest.raises(ValueError, match="strided already"):
         stride.thin(stride.thin(empty(), 2), 2)
 
 
-def test_a_note_of_another_length_is_ignored(stride, restore, caplog):
-    stale = {**empty(7), stride.NOTE: {"stride": 2, "frames": 9, "strided_frames": 5}}
-    assert stride.StrideNote.read(stale) is None
-    assert restore.note_for(stale) is None and "set stride and length" in caplog.text
-    assert stride.StrideNote.read({**empty(5), stride.NOTE: "odd"}) is None
+def test_latents_of_another_family_are_refused(stride):
+    with pytest.raises(ValueError, match="^latent: expected 128 channels.*got 16"):
+        stride.thin({"samples": torch.zeros(1, 16, 9, 2, 3)}, 2, channels=128)
+
+
+OLD = {"stride": 2, "frames": 9, "strided_frames": 5}
+
+
+def test_without_a_note_the_length_is_not_guessed(stride, restore):
+    """Two seconds of video beside four of sound are worse than an error."""
+    for latent in (empty(5), {**empty(5), stride.NOTE: "odd"}, {**empty(4), stride.NOTE: OLD}):
+        assert stride.StrideNote.read(latent) is None
+        with pytest.raises(ValueError, match=r"^stride: .*set stride and length.*never strided, set 1"):
+            restore.note_for(latent)
+        assert restore.note_for(latent, 1) is None
+
+
+def test_what_a_note_calls_the_full_length_is_handed_on(stride, restore):
+    """The video that was brought back meets its sound, which still carries the note."""
+    assert restore.note_for({**empty(9), stride.NOTE: OLD}) is None
+
+
+@pytest.mark.parametrize("given_stride", [0, 2])
+def test_guides_and_keyframes_behind_a_strided_clip_are_told_by_its_note(stride, restore, given_stride):
+    longer = {**empty(7), stride.NOTE: OLD, "noise_mask": torch.ones(1, 1, 7, 1, 1)}
+    with pytest.raises(ValueError, match=r"^latent: .*5 latent frames, and it has 7.*crop or separate"):
+        restore.note_for(longer, given_stride)
+    assert restore.note_for(longer, 2, 97).frames == 13
+
+
+@pytest.mark.parametrize("given_stride", [1, 3])
+def test_a_stride_against_the_note_is_an_error(stride, restore, given_stride):
+    noted = {**empty(5), stride.NOTE: OLD}
+    with pytest.raises(ValueError, match=r"^stride: .*strided by 2.*Set 0 or 2"):
+        restore.note_for(noted, given_stride)
+    assert restore.note_for(noted, 2) == restore.note_for(noted) == stride.StrideNote(2, 9, 5)
+
+
+def test_a_note_that_sound_brings_along_is_believed_only_where_it_can_be_true(stride):
+    separate, concat = separate_and_concat()
+    thinned = stride.thin(with_audio(empty(grid=(4, 6)), torch.zeros(1, 8, 67, 16)), 2)
+    video, audio = separate(thinned)
+    # A node that knows no notes has put an image into the video: the sound's is the only one, and right.
+    replaced = {"samples": video["samples"] + 1}
+    read = stride.StrideNote.read
+    assert read(concat(replaced, audio)).frames == 9 and read(video).frames == 9
+    # Made larger in between.
+    assert read(concat({"samples": torch.zeros(1, 128, 5, 8, 12)}, audio)).frames == 9
+    for other in (
+        concat({"samples": torch.zeros(1, 128, 9, 4, 6)}, audio),
+        concat({"samples": torch.zeros(1, 128, 5, 6, 4)}, audio),
+        concat(replaced, {**audio, "samples": audio["samples"][:, :, :35]}),
+        concat(replaced, {"samples": audio["samples"]}),
+    ):
+        assert read(other) is None
+        # Such a clip may be strided.
+        assert read(stride.thin({**other, "samples": other["samples"] * 0}, 2)).stride == 2
+
+
+def separate_and_concat():
+    """What core's nodes do, those of releases that import them."""
+    try:
+        from comfy_extras.nodes_lt import LTXVConcatAVLatent, LTXVSeparateAVLatent
+    except ImportError:
+        pytest.skip("this tree has no LTX nodes")
+    return (lambda av: LTXVSeparateAVLatent.execute(av).args), (
+        lambda v, a: LTXVConcatAVLatent.execute(v, a).args[0]
+    )
+
+
+def test_notes_of_three_numbers_are_read(stride):
+    assert stride.StrideNote.read({**empty(5), stride.NOTE: OLD}) == stride.StrideNote(2, 9, 5)
+    assert stride.StrideNote.read({**empty(5), stride.NOTE: {**OLD, "seed": 1}}) is None
+
+
+@given(st.integers(1, 200), st.integers(1, 8))
+def test_a_thinned_guide_covers_the_thinned_clip(pack, latent_frames, step):
+    """Of T latent frames, picked as the clip's own frames are; images and odd lengths lose nothing."""
+    stride = pack("latents.stride")
+    whole = stride.video_frames(latent_frames)
+    kept = stride.guide_frames(whole, step)
+    assert len(kept) == stride.video_frames(stride.strided_length(latent_frames, step))
+    assert kept.tolist() == [min(i * step, whole - 1) for i in range(len(kept))]
+    for more in range(1, 8):
+        odd = stride.guide_frames(whole + more, step)
+        assert len(odd) >= len(kept) and odd[-1] <= whole + more - 1
+        assert odd[: -(-(whole + more) // step)].tolist() == list(range(0, whole + more, step))
+    assert stride.guide_frames(1, step).tolist() == [0]
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -24.0])
+def test_what_is_no_frame_rate_is_an_error(stride, rate):
+    with pytest.raises(ValueError, match="^frame_rate: "):
+        stride.low_rate(rate, 2)
+    assert stride.low_rate(24.0, 2) == 12.0 and stride.low_rate(0.0, 2) == 0.0
 
 
 @pytest.mark.parametrize(
