@@ -47,9 +47,13 @@ def test_a_short_piece_of_unknown_rate_is_refused(frames, strided):
 
 
 @pytest.mark.parametrize("frames", [1, 10, 13, 17, 25])
-def test_pictures_and_pieces_longer_than_the_strided_clip_are_stock(frames, strided):
+def test_pictures_and_pieces_longer_than_the_strided_clip_are_stock(frames, strided, pack):
     model, noise = build_model(), piece("ltxv", frames)
-    assert equal(run(strided(model), "ltxv", noise), run(model, "ltxv", noise))
+    ours = strided(model)
+    assert equal(run(ours, "ltxv", noise), run(model, "ltxv", noise))
+    entry = pack("patches.mount").journal_of(ours).records()[-1]["techniques"]["keyframe stride"]
+    reason = "FULL_LENGTH" if frames == FULL else "OTHER_LENGTH"
+    assert entry["declined"] == {reason: 3} and not entry["taken"]
 
 
 @pytest.mark.parametrize("frames", [5, 8, 9, 13])
@@ -131,7 +135,7 @@ def test_what_is_kept_counts_once_when_a_run_comes_in_pieces(place, frozen, pack
     assert "CACHE_FULL" not in entry["declined"] and entry["taken"] == 4
 
 
-def test_runs_of_their_own_say_so_and_warn_only_if_none_of_them_acts(windowed, frozen, caplog):
+def test_runs_of_their_own_say_so_and_warn_only_if_none_of_them_acts(windowed, frozen, caplog, pack):
     """As LTXVideo's normalising sampler makes them: a sampler of its own for every piece."""
 
     def sampled(ours):
@@ -142,7 +146,14 @@ def test_runs_of_their_own_say_so_and_warn_only_if_none_of_them_acts(windowed, f
         told = [record for record in caplog.records if " none of the " in record.getMessage()]
         return [(record.levelno, "piece of a schedule" in record.getMessage()) for record in told]
 
-    assert sampled(windowed(build_model(), start_percent=0.0, end_percent=0.3)) == [(logging.INFO, True)] * 2
+    early = windowed(build_model(), start_percent=0.0, end_percent=0.3)
+    assert sampled(early) == [(logging.INFO, True)] * 2
+    records = pack("patches.mount").journal_of(early).records()
+    assert [bool(entry["techniques"]["temporal window"]["taken"]) for entry in records] == [
+        True,
+        False,
+        False,
+    ]
     assert sampled(windowed(build_model(), start_percent=0.5, end_percent=0.505)) == [
         (logging.INFO, True),
         (logging.INFO, True),
@@ -151,10 +162,11 @@ def test_runs_of_their_own_say_so_and_warn_only_if_none_of_them_acts(windowed, f
     assert sampled(frozen(build_model(), start_percent=0.0, end_percent=0.2))
 
 
-def test_a_second_stage_is_no_piece(windowed, caplog):
+def test_a_second_stage_is_no_piece(windowed, last_run, caplog):
     """It begins where no run has ended, and a range that covers none of it is news."""
     ours = windowed(build_model(), start_percent=0.0, end_percent=0.2)
     sample(ours, sigmas=SIGMAS)
+    assert last_run(ours)["taken"]
     caplog.clear()
     sample(ours, sigmas=SIGMAS[5:])
     assert [record.levelno for record in caplog.records if " none of the " in record.getMessage()] == [
