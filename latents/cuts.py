@@ -76,7 +76,9 @@ class Cuts:
             for item in found.nonzero().flatten().tolist():
                 one, other = a[item : item + 1], b[item : item + 1]
                 # Stripes and other fine textures tell of a pan only as a whole.
-                found[item] = _is_another(one, other, by_motion) and _is_another(one, other, by_pan)
+                found[item] = _is_another(one, other, by_motion, float(left[item])) and _is_another(
+                    one, other, by_pan, float(unexplained(one, other, by_pan))
+                )
         return found
 
 
@@ -102,9 +104,11 @@ def unexplained(a: torch.Tensor, b: torch.Tensor, align: Align | None = None) ->
     return ((1 - resemblance.clamp(0, 1)) * is_seen).mean(dim=(1, 2, 3))
 
 
-def _is_another(a: torch.Tensor, b: torch.Tensor, align: Align) -> bool:
-    mirrored = min(float(unexplained(a, b.flip(way), align)) for way in MIRRORS)
-    return float(unexplained(a, b, align)) > max(LEAST, OF_MIRRORED * mirrored)
+def _is_another(a: torch.Tensor, b: torch.Tensor, align: Align, left: float) -> bool:
+    """Whether b, which leaves so much of a unexplained, does not do far better than one of its mirror images."""
+    return left > LEAST and any(
+        left > OF_MIRRORED * float(unexplained(a, b.flip(way), align)) for way in MIRRORS
+    )
 
 
 def by_motion(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
