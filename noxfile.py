@@ -90,7 +90,7 @@ def newest(session: nox.Session) -> None:
     """The in-process tests on whatever ComfyUI COMFYUI_PATH names; .venv gets what that one requires."""
     if not os.environ.get("COMFYUI_PATH"):
         session.error(
-            "COMFYUI_PATH is not set. Set it to a ComfyUI checkout, as in COMFYUI_PATH=../ComfyUI nox -s newest."
+            "COMFYUI_PATH is not set. Set it to a ComfyUI checkout, as in COMFYUI_PATH=../ComfyUI nox -s newest"
         )
     prepare(session)
     run(session, "-m", "pytest", *IN_PARALLEL, *IN_PROCESS, *session.posargs, **ONE_THREAD)
