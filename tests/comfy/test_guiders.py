@@ -10,6 +10,7 @@ import comfy.samplers
 import pytest
 import torch
 from freezing import EVERY, SIGMAS, Counted
+from recorder import play_recorder
 from reference import equal
 from tiny_models import FAMILIES, build_model, conditioning, noise_like, zeros_like
 
@@ -100,6 +101,19 @@ def test_the_same_calls_are_perturbed_with_and_without_freeze(family, scope, fro
     assert record(ours.model_patcher)["taken"] and not equal(result, stock)
     # A perturbed attention call never comes to where its own-frame share would be reused.
     assert ("ATTENTION_EXCHANGED" in record(ours.model_patcher)["declined"]) is (scope != "spatial attention")
+
+
+@pytest.mark.parametrize("place", ["gpu", "cpu"])
+@pytest.mark.parametrize("scope", EVERY)
+def test_perturbed_passes_keep_no_memory_of_a_block(scope, place, frozen, record, pack, monkeypatch):
+    """By the rules of ComfyUI's recorder, which newer releases have."""
+    model = build_model("ltxav")
+    ours = Perturbing(frozen(model, scope=scope, cache_device=place))
+    expected = run(ours, "ltxav")
+    with play_recorder(pack, monkeypatch, model, has_streams=place == "cpu") as recorder:
+        result = run(ours, "ltxav")
+    assert recorder.blocks and not recorder.faults and equal(result, expected)
+    assert record(ours.model_patcher)["taken"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
