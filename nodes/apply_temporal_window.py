@@ -4,13 +4,18 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..patches.clock import Schedule
 from ..patches.mount import mount
-from ..patches.window import TemporalWindow
+from ..patches.techniques.temporal_window import TemporalWindow
+from .form import field
+
+DEFAULT = TemporalWindow()
 
 
 class ApplyTemporalWindow(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        settings = TemporalWindow.settings()
         return io.Schema(
             node_id="ApplyTemporalWindow",
             display_name="Apply Temporal Window",
@@ -25,61 +30,59 @@ class ApplyTemporalWindow(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="An LTX-Video or LTX-2 model. It is cloned, not changed."),
-                io.Int.Input(
+                field(
+                    settings,
                     "window",
-                    default=4,
-                    min=1,
-                    max=32,
-                    tooltip=(
+                    (
                         "Latent frames seen on each side (one latent frame is 8 video frames). Smaller is "
                         "cheaper and lets the clip drift more. When 2·window+1 reaches the length of the clip, "
                         "the result is exactly the stock one."
                     ),
                 ),
-                io.Int.Input(
+                field(
+                    settings,
                     "sink_frames",
-                    default=1,
-                    min=0,
-                    max=8,
-                    tooltip=(
+                    (
                         "First latent frames that every frame still sees. They hold the clip together; each "
                         "costs as much as one more frame in the window."
                     ),
                 ),
-                io.Float.Input(
+                field(
+                    settings,
                     "start_percent",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
+                    (
                         "Where in the schedule the window begins to act (0 = first step). Early steps settle what "
                         "is where: from 0.5 on, drift stays small. Later also saves less."
                     ),
                 ),
-                io.Float.Input(
+                field(
+                    settings,
                     "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule the window stops to act (1 = last step). Earlier saves less.",
+                    "Where in the schedule the window stops to act (1 = last step). Earlier saves less.",
                 ),
-                io.Int.Input(
+                field(
+                    settings,
                     "dense_blocks",
-                    default=0,
-                    min=0,
-                    max=16,
-                    tooltip=(
+                    (
                         "So many first and so many last transformer blocks keep full attention. More keeps the "
                         "clip closer to the stock one and saves less."
                     ),
-                    extra_dict={"advanced": True},
+                    advanced=True,
                 ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, **settings: Any) -> io.NodeOutput:
-        return io.NodeOutput(mount(model, TemporalWindow(**settings)))
+    def execute(
+        cls,
+        model: Any,
+        window: int = DEFAULT.window,
+        sink_frames: int = DEFAULT.sink_frames,
+        start_percent: float = DEFAULT.schedule.start_percent,
+        end_percent: float = DEFAULT.schedule.end_percent,
+        dense_blocks: int = DEFAULT.dense_blocks,
+    ) -> io.NodeOutput:
+        schedule = Schedule(start_percent, end_percent)
+        technique = TemporalWindow(window, sink_frames, dense_blocks, schedule=schedule)
+        return io.NodeOutput(mount(model, technique))

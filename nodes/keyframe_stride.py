@@ -9,8 +9,8 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..latents import pixels
 from ..latents.stride import LARGEST_STRIDE, StrideNote, low_rate, refuse_strided, thin
 from ..patches import layouts
-from ..patches.keyframes import KeyframeTimes
 from ..patches.mount import mount, plan_of
+from ..patches.techniques.keyframe_stride import StretchedTimes
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,8 @@ class KeyframeStride(io.ComfyNode):
         shown: Any = low or ExecutionBlocker("Keyframe Stride: set frame_rate to get the low one.")
         if stride == 1:
             refuse_strided(latent)
-            if any(isinstance(entry, KeyframeTimes) for entry in plan_of(model)):
-                model = mount(model, KeyframeTimes(1, 0, 0))
+            if any(isinstance(entry, StretchedTimes) for entry in plan_of(model)):
+                model = mount(model, StretchedTimes(0, 0, stride=1))
             return io.NodeOutput(model, latent, shown)
         inner = getattr(model, "model", None)
         if not layouts.knows(getattr(inner, "diffusion_model", None)):
@@ -117,5 +117,5 @@ class KeyframeStride(io.ComfyNode):
                 stride,
                 low,
             )
-        patched = mount(model, KeyframeTimes(stride, note.frames, note.strided_frames, frame_rate))
+        patched = mount(model, StretchedTimes(note.frames, note.strided_frames, stride, frame_rate))
         return io.NodeOutput(patched, thinned, shown)

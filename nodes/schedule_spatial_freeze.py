@@ -4,14 +4,18 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..patches.cache import DEFAULT, PLACEMENTS, PRECISIONS
-from ..patches.freeze import ATTENTION, BLOCKS, FORECASTS, LINEAR, SCOPES, Freeze, FrozenAttention
+from ..patches.clock import Schedule
 from ..patches.mount import mount
+from ..patches.techniques.spatial_freeze import SpatialFreeze
+from .form import field
+
+DEFAULT = SpatialFreeze()
 
 
 class ScheduleSpatialFreeze(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        settings = SpatialFreeze.settings()
         return io.Schema(
             node_id="ScheduleSpatialFreeze",
             display_name="Schedule Spatial Freeze",
@@ -25,93 +29,76 @@ class ScheduleSpatialFreeze(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="An LTX-Video or LTX-2 model. It is cloned, not changed."),
-                io.Float.Input(
+                field(
+                    settings,
                     "start_percent",
-                    default=0.6,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
+                    (
                         "Where in the schedule steps may begin to freeze (0 = first step). Earlier saves more: with "
                         "every 3. step full 0.4 saved about a quarter of the time, 0.2 a third."
                     ),
                 ),
-                io.Float.Input(
+                field(
+                    settings,
                     "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the schedule freezing ends (1 = last step). The last step is full in any case.",
+                    "Where in the schedule freezing ends (1 = last step). The last step is full in any case.",
                 ),
-                io.Int.Input(
+                field(
+                    settings,
                     "refresh_every",
-                    default=3,
-                    min=1,
-                    max=16,
-                    tooltip=(
+                    (
                         "Every so many steps one is computed in full. Larger saves more and departs further from the "
                         "full result; 2 and 3 stayed near it. 1 changes nothing."
                     ),
                 ),
-                io.Combo.Input(
+                field(
+                    settings,
                     "scope",
-                    options=list(SCOPES),
-                    default=BLOCKS,
-                    tooltip=(
+                    (
                         "whole blocks: frozen steps compute no video at all (audio goes on). per-frame work: "
                         "feed-forward and text cross-attention are reused, self-attention stays fresh; saves little and "
                         "takes twice the memory. spatial attention: only the share of self-attention within a frame is reused; for the "
                         "record, it is slower than full steps and changes as much as whole blocks."
                     ),
                 ),
-                io.Combo.Input(
+                field(
+                    settings,
                     "forecast",
-                    options=list(FORECASTS),
-                    default="linear",
-                    tooltip=(
+                    (
                         "linear: go on from the last two full values; needs twice the memory and is what makes freezing "
                         "worth it. hold: reuse the last one; fewer steps did better."
                     ),
-                    extra_dict={"advanced": True},
+                    advanced=True,
                 ),
-                io.Int.Input(
+                field(
+                    settings,
                     "blocks_kept",
-                    default=0,
-                    min=0,
-                    max=64,
-                    tooltip="So many first and so many last transformer blocks are always computed.",
-                    extra_dict={"advanced": True},
+                    "So many first and so many last transformer blocks are always computed.",
+                    advanced=True,
                 ),
-                io.Combo.Input(
+                field(
+                    settings,
                     "cache_device",
-                    options=list(PLACEMENTS),
-                    default="auto",
-                    tooltip=(
+                    (
                         "Where values are kept between steps. auto: on the GPU while there is room beside the model, "
                         "else in host memory, which on a fast GPU eats up to half of the saving, less with fp8. The log says how much."
                     ),
-                    extra_dict={"advanced": True},
+                    advanced=True,
                 ),
-                io.Float.Input(
+                field(
+                    settings,
                     "cache_limit_gb",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.1,
-                    tooltip="At most so many GB are kept; blocks beyond that are computed. 0 = as much as there is room.",
-                    extra_dict={"advanced": True},
+                    "At most so many GB are kept; blocks beyond that are computed. 0 = as much as there is room.",
+                    advanced=True,
                 ),
-                io.Combo.Input(
+                field(
+                    settings,
                     "cache_dtype",
-                    options=list(PRECISIONS),
-                    default=DEFAULT,
-                    tooltip=(
+                    (
                         "fp8_e4m3fn: half the memory and half the transfer, for less than a decibel in our "
                         "measurement; take it when memory is short."
                     ),
+                    advanced=True,
                     optional=True,
-                    extra_dict={"advanced": True},
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -119,7 +106,26 @@ class ScheduleSpatialFreeze(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, scope: str = BLOCKS, forecast: str = LINEAR, **settings: Any
+        cls,
+        model: Any,
+        start_percent: float = DEFAULT.schedule.start_percent,
+        end_percent: float = DEFAULT.schedule.end_percent,
+        refresh_every: int = DEFAULT.refresh_every,
+        scope: str = DEFAULT.scope,
+        forecast: str = DEFAULT.forecast,
+        blocks_kept: int = DEFAULT.blocks_kept,
+        cache_device: str = DEFAULT.cache_device,
+        cache_limit_gb: float = DEFAULT.cache_limit_gb,
+        cache_dtype: str = DEFAULT.cache_dtype,
     ) -> io.NodeOutput:
-        kind = FrozenAttention if scope == ATTENTION else Freeze
-        return io.NodeOutput(mount(model, kind(scope=scope, forecast=forecast, **settings)))
+        technique = SpatialFreeze(
+            refresh_every,
+            scope,
+            forecast,
+            blocks_kept,
+            cache_device,
+            cache_limit_gb,
+            cache_dtype,
+            schedule=Schedule(start_percent, end_percent),
+        )
+        return io.NodeOutput(mount(model, technique))

@@ -1,9 +1,8 @@
-"""One attention call: read, passed through the techniques of the plan, handed to the innermost backend."""
+"""One attention call: read, its geometry settled, executed segment by segment down to the innermost backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,69 +10,63 @@ from typing import Any
 import torch
 
 from . import backend
+from .call import NO_OPTIONS, OVERRIDE, Attend, AttentionCall, Call
+from .kernels.segments import Segments, attend_batched
 from .kernels.tokens import VideoTokens
-from .layouts.layout import Layout, Role, Site, Unclear
-from .reuse import OUTSIDE_RANGE, Moment
-from .run import Run
-from .shadow import inner, is_rewritten, shadowed, uncompiled
-from .technique import NO_OPTIONS, Attend, AttentionCall, AttentionTechnique
+from .layouts.layout import Site, Unclear
+from .layouts.role import Role
+from .shadow import inner, is_rewritten, uncompiled
+from .technique import Replacement, State, overrides
 
-OVERRIDE = "optimized_attention_override"
 PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 
 TOKEN_COUNT = "TOKEN_COUNT"
 SPLIT_HEADS = "SPLIT_HEADS"
+UNCHANGED = "UNCHANGED"
+
+Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What is the same for every attention call of one forward."""
+    """What is the same for every attention call of one forward: who has a say in which, in the order of stages."""
 
-    run: Run
-    layout: Layout
-    tokens: VideoTokens | Unclear
-    sigma: float
-    moment: Moment | None = None
+    call: Call
+    states: Mapping[Role, Sequence[State]]
 
-    @property
-    def techniques(self) -> list[AttentionTechnique]:
-        return [entry for entry in self.run.plan if isinstance(entry, AttentionTechnique)]
+    @staticmethod
+    def of(call: Call, states: Sequence[State]) -> Forward:
+        hooks = ("see", "attend", "backend")
+        having = [state for state in states if any(overrides(state, hook) for hook in hooks)]
+        roles = {role for state in having for role in state.technique.roles}
+        return Forward(call, {role: [s for s in having if role in s.technique.roles] for role in roles})
 
+    def shadows(self) -> Iterator[tuple[torch.nn.Module, Replacement]]:
+        """Puts the plan on top of whatever else handles attention, for the duration of one forward.
 
-@contextmanager
-def bound_attention(forward: Forward) -> Iterator[None]:
-    """For the duration of one forward, put the plan on top of whatever else handles attention.
+        The attention modules are shadowed, not their class, and only there is the override slot filled, in a
+        copy of transformer_options: the module tells the role of the call, and whoever wrote to the slot, at
+        whatever time, ends up below us. Blocks that another pack has rewritten may call attention themselves,
+        so there the slot is filled for the whole block.
+        """
+        if not self.states:
+            return
+        blocks = [(index, inner(block)) for index, block in enumerate(self.call.layout.blocks)]
+        rewritten = {index: block for index, block in blocks if is_rewritten(block)}
+        for module, site in self.call.sites:
+            if site.role in self.states:
+                yield module, partial(_forward_module, self, site, module)
+            elif site.block in rewritten:
+                yield module, _forward_other_module
+        if Role.VIDEO_SELF in self.states:
+            modules = {site.block: module for module, site in self.call.sites if site.role is Role.VIDEO_SELF}
+            for index, block in rewritten.items():
+                site = Site(Role.VIDEO_SELF, index, len(blocks))
+                yield block, partial(_forward_rewritten_block, self, site, modules.get(index))
 
-    The attention modules are shadowed, not their class, and only there is the override slot filled, in a
-    copy of transformer_options: the module tells the role of the call, and whoever wrote to the slot, at
-    whatever time, ends up below us. Blocks that another pack has rewritten may call attention themselves,
-    so there the slot is filled for the whole block.
-    """
-    roles = {technique.role for technique in forward.techniques}
-    if not roles:
-        yield
-        return
-    blocks = [(index, inner(block)) for index, block in enumerate(forward.layout.blocks)]
-    rewritten = {index: block for index, block in blocks if is_rewritten(block)}
-    with shadowed(_shadows(forward, roles, rewritten)):
-        yield
-
-
-def _shadows(
-    forward: Forward, roles: set[Role], rewritten: Mapping[int, torch.nn.Module]
-) -> Iterator[tuple[torch.nn.Module, Callable[..., Any]]]:
-    for module, site in forward.layout.sites():
-        if site.role in roles:
-            yield module, partial(_forward_module, forward, site, module)
-        elif site.block in rewritten:
-            yield module, _forward_other_module
-    if Role.VIDEO_SELF in roles:
-        modules = {
-            site.block: module for module, site in forward.layout.sites() if site.role is Role.VIDEO_SELF
-        }
-        for index, block in rewritten.items():
-            site = Site(Role.VIDEO_SELF, index, len(forward.layout.blocks))
-            yield block, partial(_forward_rewritten_block, forward, site, modules.get(index))
+    def decline(self, role: Role, reason: str) -> None:
+        for state in self.states[role]:
+            self.call.count(state, reason)
 
 
 @torch.compiler.disable
@@ -87,8 +80,7 @@ def _forward_module(
 ) -> Any:
     options = kwargs.get("transformer_options")
     if options is None:
-        techniques = [technique for technique in forward.techniques if technique.role is site.role]
-        forward.run.count_attention([(technique, NO_OPTIONS) for technique in techniques], 0, 1)
+        forward.decline(site.role, NO_OPTIONS)
         return original(*(_without_ours(given) for given in args), **kwargs)
     options = _without_ours(options)
     override = partial(_override, forward, site, module, kwargs.get("mask"), options)
@@ -133,17 +125,16 @@ class _BlockOverride:
     options: Mapping[str, Any]
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        forward, layout = self.forward, self.forward.layout
-        call = dict(zip(PARAMETERS, args, strict=False)) | kwargs
+        call = self.forward.call
+        named = dict(zip(PARAMETERS, args, strict=False)) | kwargs
         is_ours: bool | Unclear = False
-        if isinstance(forward.tokens, VideoTokens):
-            is_ours = layout.is_self_attention(call["q"], call["k"], forward.tokens, self.given)
+        if isinstance(call.tokens, VideoTokens):
+            is_ours = call.layout.is_self_attention(named["q"], named["k"], call.tokens, self.given)
         if is_ours is True:
-            mask = layout.block_mask(self.given)
-            return _override(forward, self.site, self.module, mask, self.options, func, *args, **kwargs)
+            mask = call.layout.block_mask(self.given)
+            return _override(self.forward, self.site, self.module, mask, self.options, func, *args, **kwargs)
         if isinstance(is_ours, Unclear):
-            techniques = [technique for technique in forward.techniques if technique.role is self.site.role]
-            forward.run.count_attention([(technique, is_ours.reason) for technique in techniques], 0, 1)
+            self.forward.decline(self.site.role, is_ours.reason)
         kwargs["transformer_options"] = self.options
         below = self.options.get(OVERRIDE)
         return func(*args, **kwargs) if below is None else below(func, *args, **kwargs)
@@ -177,81 +168,110 @@ def _override(
         below = partial(options[OVERRIDE], func)
     else:
         below = backend.of_checkpoint(module) or func
+    rest = {name: value for name, value in given.items() if name not in ("q", "k", "v", "heads", "mask")}
 
     def innermost(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        rest = {name: value for name, value in given.items() if name not in ("q", "k", "v", "heads", "mask")}
         return below(q, k, v, given["heads"], mask=mask, **rest)
 
-    call = _read_call(forward, site, module_mask, given, is_foreign=OVERRIDE in options)
-    attend: Attend = innermost
-    outcomes: list[tuple[AttentionTechnique, str | None]] = []
-    share = 1.0
-    for technique in sorted(forward.techniques, key=lambda t: t.stage, reverse=True):
-        if technique.role is not site.role:
-            continue
-        reason = _reason_to_decline(forward, technique, call)
-        outcomes.append((technique, reason))
-        if not isinstance(call, AttentionCall):
-            continue
-        if reason is None:
-            attend = partial(_attend, technique, call, attend)
-            share *= technique.cost(call)
-            call = replace(call, is_covered=True)
-        else:
-            technique.observe(call)
     pairs = given["q"].shape[-2] * given["k"].shape[-2]
-    forward.run.count_attention(outcomes, pairs, share)
-    return attend(given["q"], given["k"], given["v"], given.get("mask"))
+    attention = _read(forward.call, site, module_mask, given, is_foreign=OVERRIDE in options)
+    if isinstance(attention, Unclear):
+        forward.decline(site.role, attention.reason)
+        forward.call.count_pairs(site.role, pairs, pairs)
+        return innermost(given["q"], given["k"], given["v"], given.get("mask"))
+    forward.call.count_pairs(site.role, pairs, 0)
+    return _Attending(forward.states[site.role]).output(attention, innermost)
 
 
-def _attend(
-    technique: AttentionTechnique,
-    call: AttentionCall,
-    inner: Attend,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    return technique.attend(replace(call, q=q, k=k, v=v, mask=mask), inner)
-
-
-def _read_call(
-    forward: Forward, site: Site, module_mask: Any, given: Mapping[str, Any], is_foreign: bool
+def _read(
+    call: Call, site: Site, module_mask: Any, given: Mapping[str, Any], is_foreign: bool
 ) -> AttentionCall | Unclear:
-    tokens = forward.tokens
+    tokens = call.tokens
     if isinstance(tokens, Unclear):
         return tokens
     if given.get("skip_reshape") or given.get("skip_output_reshape"):
         return Unclear(SPLIT_HEADS)
     q, k, v, mask = given["q"], given["k"], given["v"], given.get("mask")
-    if k.shape[1] != tokens.total:
+    queries, keys = q.shape[1], k.shape[1]
+    if (site.role.has_video_keys and keys != tokens.total) or (
+        site.role.has_video_queries and not site.role.has_video_keys and queries != tokens.total
+    ):
         return Unclear(TOKEN_COUNT)
-    rows = forward.layout.query_rows(q, mask, module_mask, tokens)
+    rows: range | Unclear = range(queries)
+    if site.role is Role.VIDEO_SELF:
+        queries, rows = keys, call.layout.query_rows(q, mask, module_mask, tokens)
     if isinstance(rows, Unclear):
         return rows
+    segments = Segments.dense(queries, keys)
     return AttentionCall(
-        q,
-        k,
-        v,
-        mask,
-        rows,
-        tokens,
-        site,
-        heads=given["heads"],
-        scale=given.get("scale"),
-        is_foreign=is_foreign,
-        moment=forward.moment,
+        call, site, q, k, v, mask, rows, given["heads"], given.get("scale"), is_foreign, segments
     )
 
 
-def _reason_to_decline(
-    forward: Forward, technique: AttentionTechnique, call: AttentionCall | Unclear
-) -> str | None:
-    if isinstance(call, Unclear):
-        return call.reason
-    if not forward.run.clock.is_within(forward.sigma, technique.start_percent, technique.end_percent):
-        return OUTSIDE_RANGE
-    return technique.reason_to_decline(call)
+class _Attending:
+    """What several techniques make of one attention call, and what became of each."""
+
+    def __init__(self, states: Sequence[State]) -> None:
+        self.states = states
+        self.outcomes: dict[State, str | None] = {}
+
+    def output(self, attention: AttentionCall, innermost: Compute) -> torch.Tensor:
+        for state in self.states:
+            if overrides(state, "see"):
+                seen = state.see(attention.segments, attention)
+                if isinstance(seen, str):
+                    self._note(state, seen)
+                else:
+                    self._note(state, UNCHANGED if seen is attention.segments else None)
+                    attention.segments = seen
+        inner: Attend = partial(self._execute, innermost)
+        for state in reversed(self.states):
+            if overrides(state, "attend"):
+                inner = partial(self._around, state, "attend", inner)
+        out = inner(attention)
+        for state, reason in self.outcomes.items():
+            attention.call.count(state, reason)
+        return out
+
+    def _execute(self, innermost: Compute, attention: AttentionCall) -> torch.Tensor:
+        rows, segments = attention.rows, attention.segments
+        attention.count_pairs(segments.pairs(rows))
+        compute = innermost
+        if any(overrides(state, "backend") for state in self.states):
+            compute = partial(self._compute, attention, innermost)
+        return attend_batched(attention.q, attention.k, attention.v, attention.mask, rows, segments, compute)
+
+    def _compute(
+        self,
+        attention: AttentionCall,
+        innermost: Compute,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One segment, or several alike at once, each of them a batch item."""
+
+        def inner(piece: AttentionCall) -> torch.Tensor:
+            return innermost(piece.q, piece.k, piece.v, piece.mask)
+
+        chain: Attend = inner
+        for state in reversed(self.states):
+            if overrides(state, "backend"):
+                chain = partial(self._around, state, "backend", chain)
+        return chain(replace(attention, q=q, k=k, v=v, mask=mask))
+
+    def _around(self, state: State, hook: str, inner: Attend, attention: AttentionCall) -> torch.Tensor:
+        out = getattr(state, hook)(attention, inner)
+        if isinstance(out, str):
+            self._note(state, out)
+            return inner(attention)
+        self._note(state, None)
+        return out
+
+    def _note(self, state: State, reason: str | None) -> None:
+        """A technique of several hooks has acted if one of them has; else its first reason counts."""
+        if reason is None or state not in self.outcomes:
+            self.outcomes[state] = reason

@@ -4,7 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .settings import Number, check, setting
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A part of the schedule in ComfyUI's percent. Raises ValueError, naming the setting, for values outside 0 to 1."""
+
+    start_percent: float = setting(Number(0.0, 0.0, 1.0, 0.01))
+    end_percent: float = setting(Number(1.0, 0.0, 1.0, 0.01))
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.start_percent >= self.end_percent
 
 
 @dataclass(frozen=True)
@@ -32,15 +49,13 @@ class SigmaClock:
         reached = [i for i in range(self.steps) if not self.is_earlier(sigma, self.sigmas[i])]
         return max(reached, default=0)
 
-    def is_within(self, sigma: float, start_percent: float, end_percent: float) -> bool:
-        """Whether `sigma` lies in a part of the schedule given in ComfyUI's percent."""
-        high = math.inf if start_percent <= 0 else self.percent_to_sigma(start_percent)
-        low = -math.inf if end_percent >= 1 else self.percent_to_sigma(end_percent)
+    def is_within(self, sigma: float, part: Schedule) -> bool:
+        high = math.inf if part.start_percent <= 0 else self.percent_to_sigma(part.start_percent)
+        low = -math.inf if part.end_percent >= 1 else self.percent_to_sigma(part.end_percent)
         return low * (1 - 1e-5) <= sigma <= high * (1 + 1e-5)
 
-    def steps_within(self, start_percent: float, end_percent: float) -> list[int]:
-        steps = range(self.steps)
-        return [i for i in steps if self.is_within(self.sigmas[i], start_percent, end_percent)]
+    def steps_within(self, part: Schedule) -> list[int]:
+        return [i for i in range(self.steps) if self.is_within(self.sigmas[i], part)]
 
     def percent(self, sigma: float) -> float:
         """The percent at which the schedule passes `sigma`; percent_to_sigma falls, so bisection finds it."""
@@ -53,15 +68,15 @@ class SigmaClock:
                 high = middle
         return high
 
-    def other_ranges(self, start_percent: float, end_percent: float) -> Iterator[tuple[str, float]]:
-        """(setting, value) that would move an end of the range onto a step, nearest first."""
+    def other_parts(self, part: Schedule) -> Iterator[tuple[str, Schedule]]:
+        """(changed setting, part) in which an end of `part` is moved onto a step, nearest first."""
         candidates = []
         for sigma in self.sigmas[: self.steps]:
             percent = self.percent(sigma)
-            if percent < start_percent:
+            if percent < part.start_percent:
                 value = math.floor(percent * 100) / 100
-                candidates.append((start_percent - percent, "start_percent", value))
-            elif percent > end_percent:
-                candidates.append((percent - end_percent, "end_percent", math.ceil(percent * 100) / 100))
-        for _, setting, value in sorted(candidates):
-            yield setting, value
+                candidates.append((part.start_percent - percent, "start_percent", value))
+            elif percent > part.end_percent:
+                candidates.append((percent - part.end_percent, "end_percent", math.ceil(percent * 100) / 100))
+        for _, name, value in sorted(candidates):
+            yield name, replace(part, **{name: value})

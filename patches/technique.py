@@ -1,162 +1,191 @@
-"""What every technique is: a frozen configuration that knows where it applies and what it costs."""
+"""What every technique is: a frozen configuration, and the state of one run that its hooks belong to."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .clock import SigmaClock
-from .kernels.tokens import VideoTokens
-from .layouts.layout import Layout, Role, Site
-from .reuse import Moment
+from .call import Attend, AttentionCall, Call, Load, Room, Step
+from .clock import Schedule, SigmaClock
+from .kernels.segments import Segments
+from .layouts.role import Role
+from .layouts.work import Work
+from .settings import Setting, check, settings_of
 
-NO_OPTIONS = "NO_OPTIONS"
+if TYPE_CHECKING:
+    from .run import Run
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+FORWARDS, ATTENTION_CALLS, STEPS = "forwards", "attention calls", "steps"
+OUTSIDE_RANGE = "OUTSIDE_RANGE"
+
+Replacement = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class AttentionCall:
-    """One attention call as techniques see it: q [B, rows, C], k and v [B, N, C], mask [..., 1 or rows, N].
+class Technique:
+    """What the user set. `name` is its place in the plan (one entry each), `stage` its fixed order among the others.
 
-    is_foreign: another pack computes attention here. is_covered: a later technique of the plan acts, too. moment: what
-    the run has kept from earlier steps, if the plan keeps anything.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    mask: torch.Tensor | None
-    rows: range
-    tokens: VideoTokens
-    site: Site
-    heads: int
-    scale: float | None
-    is_foreign: bool
-    moment: Moment | None
-    is_covered: bool = False
-
-
-class Technique(ABC):
-    """`name` is its place in the plan (one entry each), `stage` its fixed order among the others.
-
-    unit: what its counts count. expected: reasons to decline that are part of its normal use and no news.
-    advice_if_never_needed: what to do if it was declined for such reasons in every run so far.
+    Raises ValueError, naming the setting, for values outside their range.
+    roles: the attention that it acts on. schedule: the part of the schedule in which it acts; None for all of it.
+    does: what it does to the steps of that part, as a verb.
+    expected: reasons to decline that are part of its normal use and no news. advice_if_never_needed: what to do if it was
+    declined for such reasons in every run so far.
     """
 
     name: ClassVar[str]
     stage: ClassVar[int]
-    unit: ClassVar[str]
+    does: ClassVar[str] = "covers"
     expected: ClassVar[frozenset[str]] = frozenset()
     advice_if_never_needed: ClassVar[str] = ""
 
+    schedule: Schedule | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @classmethod
+    def settings(cls) -> Mapping[str, Setting]:
+        """What the user may set, by name, with ranges and defaults."""
+        given = cls.__dataclass_fields__["schedule"].default
+        part = (
+            {}
+            if given is None
+            else {n: replace(s, default=getattr(given, n)) for n, s in settings_of(Schedule).items()}
+        )
+        return {**settings_of(cls), **part}
+
     @property
-    def percents(self) -> tuple[float, float]:
-        """Start and end of the part of the schedule in which it may act, in ComfyUI's percent."""
-        return 0.0, 1.0
+    def roles(self) -> frozenset[Role]:
+        return frozenset()
+
+    @property
+    def unit(self) -> str:
+        """What its counts count."""
+        return ATTENTION_CALLS if self.roles else FORWARDS
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether these settings ask for nothing, so that the entry is removed from the plan."""
+        return self.schedule is not None and self.schedule.is_empty
+
+    @property
+    def neutral_because(self) -> str:
+        """What makes these settings neutral, for the log."""
+        part = self.schedule
+        assert part is not None
+        return f"start_percent {part.start_percent:g} is not below end_percent {part.end_percent:g}"
+
+    def describe(self) -> str:
+        """The settings in a few words, for the log."""
+        return ", ".join(f"{name} {getattr(self, name)}" for name in settings_of(self))
 
     def acting_steps(self, clock: SigmaClock) -> list[int]:
-        """The steps of a schedule in which it may act."""
-        return clock.steps_within(*self.percents)
+        """The steps of a schedule in which it acts."""
+        return list(range(clock.steps)) if self.schedule is None else clock.steps_within(self.schedule)
 
     def warn_about(self, clock: SigmaClock) -> str | None:
         """What is wrong with these settings for a schedule, before any step of it is computed."""
-        return None
-
-    @property
-    @abstractmethod
-    def is_neutral(self) -> bool:
-        """Whether these settings ask for nothing, so that the entry is removed from the plan."""
-
-    @property
-    @abstractmethod
-    def neutral_because(self) -> str:
-        """What makes these settings neutral, for the log."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """The settings in a few words, for the log."""
-
-
-@dataclass(frozen=True)
-class ScheduledTechnique(Technique):
-    """Acts in a part of the schedule that the user sets."""
-
-    does: ClassVar[str] = "covers"
-
-    start_percent: float
-    end_percent: float
-
-    def __post_init__(self) -> None:
-        for setting in ("start_percent", "end_percent"):
-            value = getattr(self, setting)
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"{setting} is {value!r}; it takes numbers from 0 to 1.")
-
-    @property
-    def percents(self) -> tuple[float, float]:
-        return self.start_percent, self.end_percent
-
-    @property
-    def is_neutral(self) -> bool:
-        return self.start_percent >= self.end_percent
-
-    @property
-    def neutral_because(self) -> str:
-        return f"start_percent {self.start_percent:g} is not below end_percent {self.end_percent:g}"
-
-    def warn_about(self, clock: SigmaClock) -> str | None:
-        if self.acting_steps(clock):
+        part = self.schedule
+        if part is None or self.acting_steps(clock):
             return None
         nearest = next(
             (
-                f"nearest that does: {setting} {value:.2f}"
-                for setting, value in clock.other_ranges(self.start_percent, self.end_percent)
-                if replace(self, **{setting: value}).acting_steps(clock)
+                f"nearest that does: {name} {getattr(other, name):.2f}"
+                for name, other in clock.other_parts(part)
+                if replace(self, schedule=other).acting_steps(clock)
             ),
             "no other range would either; take more steps",
         )
         return (
-            f"FrameThrift: {self.name} {self.does} none of the {clock.steps} steps (start_percent {self.start_percent:g}, "
-            f"end_percent {self.end_percent:g}); {nearest}."
+            f"FrameThrift: {self.name} {self.does} none of the {clock.steps} steps (start_percent {part.start_percent:g}, "
+            f"end_percent {part.end_percent:g}); {nearest}."
         )
 
+    def cost(self, work: Work) -> Work:
+        """What is left of the work of one forward in which it acts."""
+        return work
 
-class AttentionTechnique(ScheduledTechnique):
-    """Changes what attention calls of one role compute, in a part of the schedule."""
+    def words_for(self, part: Mapping[str, Any]) -> str:
+        """What `State.record` gave, in words for the closing line of a run."""
+        return ""
 
-    unit: ClassVar[str] = "attention calls"
-    role: ClassVar[Role]
-
-    @abstractmethod
-    def reason_to_decline(self, call: AttentionCall) -> str | None:
-        """Why stock attention has to run here, or None."""
-
-    def observe(self, call: AttentionCall) -> None:
-        """Look at a call that it has declined."""
-
-    @abstractmethod
-    def attend(self, call: AttentionCall, inner: Attend) -> torch.Tensor:
-        """The attention output [B, rows, C], computed by calls of `inner(q, k, v, mask)`."""
-
-    @abstractmethod
-    def cost(self, call: AttentionCall) -> float:
-        """Executed query-key pairs of this call as a share of dense attention."""
+    def begin(self, run: Run) -> State:
+        """Its state for one run."""
+        return State(self, run)
 
 
-class CallTechnique(Technique):
-    """Changes what one forward is told, before anything in it is computed."""
+class State:
+    """A technique in one run. What it does is which of these hooks it overrides; each of them does nothing.
 
-    unit: ClassVar[str] = "forwards"
+    Hooks of one State may run on several threads, one a device: what belongs to one forward lies on the call
+    (`call[self] = …`), never on the State.
+    """
 
-    @abstractmethod
-    def adapt(self, layout: Layout) -> Mapping[str, Any] | str:
-        """The named arguments of the call that change, or the reason to leave it alone."""
+    def __init__(self, technique: Any, run: Run) -> None:
+        self.technique, self.run = technique, run
 
-    def warnings(self, layout: Layout) -> Iterator[str]:
-        """What the user should know about this forward; each is said once a run."""
-        yield from ()
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        return self
+
+    def wants(self, load: Load) -> int:
+        """Bytes to ask for beside the model, before it is loaded."""
+        return 0
+
+    def granted(self, room: Room) -> None:
+        """After the model is loaded: what there is."""
+
+    def step(self, step: Step) -> None:
+        """Before an evaluation by the sampler, whether or not the model is called for it."""
+
+    def stepped(self, step: Step) -> None:
+        """After it, unless it ended with an error."""
+
+    def call(self, call: Call) -> Mapping[str, Any] | str:
+        """Before a forward: its named arguments that change, which counts as taken, or the reason to decline all of it.
+
+        Without changed arguments other hooks have their say.
+        """
+        schedule = self.technique.schedule
+        return {} if schedule is None or call.is_within(schedule) else OUTSIDE_RANGE
+
+    def forward(self, call: Call) -> Mapping[str, Any]:
+        """Options of the diffusion model that change, after ComfyUI's own last changes."""
+        return {}
+
+    def modules(self, call: Call) -> Iterable[tuple[torch.nn.Module, Replacement]]:
+        """Modules to shadow during this forward, each with `replacement(original, *args, **kwargs)`."""
+        return ()
+
+    def see(self, segments: Segments, attention: AttentionCall) -> Segments | str:
+        """Who sees whom: `segments`, as the stage before left them, changed; or the reason to decline."""
+        return segments
+
+    def attend(self, attention: AttentionCall, inner: Attend) -> torch.Tensor | str:
+        """The attention output [B, rows, C], around the executor of all segments; or the reason to decline."""
+        return inner(attention)
+
+    def backend(self, attention: AttentionCall, inner: Attend) -> torch.Tensor | str:
+        """The output of one segment's attention [B, n, C]; or the reason to decline. Key positions are no longer known."""
+        return inner(attention)
+
+    def called(self, call: Call, error: BaseException | None) -> Iterator[str | None] | list[str | None]:
+        """After a forward: outcomes to count, each the reason to decline or None. On an error: let go; nothing is counted."""
+        return [None] if call.has_shadowed(self) else []
+
+    def relieve(self, call: Call) -> bool:
+        """Memory ran out in a forward (`call.error`): let go of what can be, and tell whether that was anything."""
+        return False
+
+    def record(self) -> Mapping[str, Any]:
+        """Its own part of the record of the run: numbers and names."""
+        return {}
+
+    def close(self) -> None:
+        """The run is over: let every tensor go."""
+
+
+def overrides(state: State, hook: str) -> bool:
+    return getattr(type(state), hook) is not getattr(State, hook)

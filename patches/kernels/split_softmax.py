@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from .tokens import VideoTokens
+from .segments import Segment, Segments
+from .tokens import VideoTokens, merged
 
 
 def attend_with_lse(
@@ -78,6 +79,15 @@ def attend_anew(
     if tokens.guides:
         rows.append(attend_with_lse(q[:, :, tokens.offsets[-1] :], k, v, scale)[0])
     return rearrange(torch.cat(rows, dim=2), "b h n d -> b n (h d)")
+
+
+@lru_cache(maxsize=64)
+def all_but_own_frame(tokens: VideoTokens) -> Segments:
+    """Who still sees whom where the own-frame part is given."""
+    parts = [Segment(f.start, f.stop, merged([(0, f.start), (f.stop, tokens.total)])) for f in frames(tokens)]
+    if tokens.guides:
+        parts.append(Segment(tokens.offsets[-1], tokens.total, ((0, tokens.total),)))
+    return Segments(tuple(parts), tokens.total)
 
 
 def frames(tokens: VideoTokens) -> list[slice]:

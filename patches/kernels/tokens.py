@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
+
+Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,32 @@ class VideoTokens:
     def guides(self) -> int:
         return self.total - self.offsets[-1]
 
+    def only(self, frames: Iterable[int]) -> tuple[VideoTokens, Ranges]:
+        """The order of the tokens of these frames and of all that are no frame's, and where they lie in this order."""
+        chosen = sorted(set(frames))
+        offsets = tuple(accumulate((self.offsets[t + 1] - self.offsets[t] for t in chosen), initial=0))
+        rows = [(self.offsets[t], self.offsets[t + 1]) for t in chosen] + [(self.offsets[-1], self.total)]
+        anchors = sum(t < self.anchors for t in chosen)
+        return VideoTokens(offsets, offsets[-1] + self.guides, anchors), merged(rows)
+
+    def thinned(self, frames: int) -> VideoTokens:
+        """The order of the first so many frames, and of as much behind them as there is."""
+        return VideoTokens(self.offsets[: frames + 1], self.offsets[frames] + self.guides, self.anchors)
+
     @staticmethod
     def grid(frames: int, height: int, width: int, guides: int = 0, anchors: int = 0) -> VideoTokens:
         """The order of a full T×h×w grid with `guides` tokens behind it."""
         per_frame = height * width
         offsets = tuple(range(0, frames * per_frame + 1, per_frame))
         return VideoTokens(offsets, frames * per_frame + guides, anchors)
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """The same tokens in ascending ranges that neither touch nor hold nothing."""
+    out: list[tuple[int, int]] = []
+    for start, stop in sorted(r for r in ranges if r[1] > r[0]):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(stop, out[-1][1]))
+        else:
+            out.append((start, stop))
+    return tuple(out)

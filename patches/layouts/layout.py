@@ -1,29 +1,24 @@
-"""What a model family has to tell about one forward."""
+"""What a model family has to tell about one forward.
+
+Blocks, attention sites and video tokens are all that a family needs to be served; what else it does not tell is
+`UNCLEAR`, and a technique that needs it declines.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 
-from ..kernels.tokens import VideoTokens
+from ..kernels.tokens import Ranges, VideoTokens
+from .role import Role
+from .work import Work
 
 NO_VIDEO = "NO_VIDEO"
-
-
-class Role(Enum):
-    """Who attends to whom in one attention call."""
-
-    VIDEO_SELF = "video self-attention"
-    VIDEO_TEXT = "video to text"
-    AUDIO_SELF = "audio self-attention"
-    AUDIO_TEXT = "audio to text"
-    VIDEO_AUDIO = "video to audio"
-    AUDIO_VIDEO = "audio to video"
+UNCLEAR_QUERY = "UNCLEAR_QUERY"
 
 
 @dataclass(frozen=True)
@@ -37,9 +32,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Unclear:
-    """Why a forward, or one attention call in it, cannot be read. `reason` is counted and logged."""
+    """Why a forward, or something in it, cannot be read. `reason` is counted and logged."""
 
     reason: str
+
+
+UNCLEAR = Unclear("UNCLEAR_LAYOUT")
 
 
 @dataclass(frozen=True)
@@ -57,83 +55,21 @@ class Stream:
 class Layout(ABC):
     """One model family's reading of one forward. Subclasses live beside this file."""
 
-    @abstractmethod
-    def sites(self) -> Iterator[tuple[torch.nn.Module, Site]]:
-        """Every attention module of the model with its place."""
-
     @property
     @abstractmethod
     def blocks(self) -> list[torch.nn.Module]:
         """The transformer blocks, in order."""
 
     @abstractmethod
-    def per_frame_work(self, block: torch.nn.Module) -> dict[str, torch.nn.Module]:
-        """The sub-modules of a block that treat every video token alone, by name."""
-
-    @property
-    @abstractmethod
-    def has_other_streams(self) -> bool:
-        """Whether blocks compute something beside video (audio)."""
-
-    @abstractmethod
-    def video_of(self, stream: Any) -> torch.Tensor:
-        """The video tokens [B, N, C] in what a block is given or returns."""
-
-    @abstractmethod
-    def beside_video(self, block: Callable[..., Any], stream: Any, *args: Any, **kwargs: Any) -> Any:
-        """What `block(stream, *args, **kwargs)` returns if it computes everything but video."""
-
-    @property
-    @abstractmethod
-    def shapes(self) -> Hashable:
-        """Whatever of this forward's shapes the packed latent does not tell."""
-
-    @property
-    @abstractmethod
-    def pass_options(self) -> Hashable:
-        """What guiders tell this pass apart by: the options with which they switch parts of the model off."""
-
-    @property
-    @abstractmethod
-    def window_frames(self) -> tuple[int, ...] | None:
-        """The latent frames of the clip that this forward sees, if it is a context window."""
+    def sites(self) -> Iterator[tuple[torch.nn.Module, Site]]:
+        """Every attention module of the model with its place."""
 
     @abstractmethod
     def video_tokens(self) -> VideoTokens | Unclear:
         """The order of the video tokens in this forward."""
 
-    @abstractmethod
-    def clip_frames(self) -> int | Unclear:
-        """Latent frames of the whole clip, without guides, even if this forward sees a window of it."""
+    # Attention calls.
 
-    @property
-    @abstractmethod
-    def has_lost_keyframes(self) -> bool:
-        """Whether frames were cut out of the latent after generated keyframes were added behind the clip."""
-
-    @abstractmethod
-    def stretched(self, factor: float) -> Mapping[str, Any] | Unclear:
-        """Named arguments of the call with which every video frame and guide lasts `factor` times as long."""
-
-    @abstractmethod
-    def seconds(self, clip_frames: int) -> float | Unclear:
-        """How long so many latent frames last in this forward."""
-
-    @abstractmethod
-    def sound_seconds(self) -> float | None:
-        """How long the sound beside the video lasts, None without any or where it is not that of the video's frames."""
-
-    @property
-    @abstractmethod
-    def frame_rate(self) -> float | None:
-        """Video frames a second as the conditioning says, None if it does not."""
-
-    @property
-    @abstractmethod
-    def longest_seconds(self) -> float:
-        """The longest clip, in seconds, whose positions the model was made for."""
-
-    @abstractmethod
     def query_rows(
         self, q: torch.Tensor, mask: Any, module_mask: Any, tokens: VideoTokens
     ) -> range | Unclear:
@@ -141,8 +77,8 @@ class Layout(ABC):
 
         `mask` is the one given to the attention call, `module_mask` the one given to the module around it.
         """
+        return range(tokens.total) if q.shape[1] == tokens.total else Unclear(UNCLEAR_QUERY)
 
-    @abstractmethod
     def is_self_attention(
         self, q: torch.Tensor, k: torch.Tensor, tokens: VideoTokens, given: Mapping[str, Any]
     ) -> bool | Unclear:
@@ -150,7 +86,113 @@ class Layout(ABC):
 
         So it does where another pack has rewritten the block: no module tells the role of the call then.
         """
+        return UNCLEAR
 
-    @abstractmethod
     def block_mask(self, given: Mapping[str, Any]) -> Any:
         """The mask that a block, called with these named arguments, gives its video self-attention."""
+        return None
+
+    # Blocks, and how they are called.
+
+    def per_frame_work(self, block: torch.nn.Module) -> Mapping[str, torch.nn.Module] | Unclear:
+        """The sub-modules of a block that treat every video token alone, by name."""
+        return UNCLEAR
+
+    @property
+    def has_other_streams(self) -> bool | Unclear:
+        """Whether blocks compute something beside video (audio). A family that tells it tells the next four, too."""
+        return UNCLEAR
+
+    def given_video(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The video tokens [B, N, C] in what a block is called with."""
+        raise NotImplementedError
+
+    def returned_video(self, out: Any) -> torch.Tensor:
+        """The video tokens [B, N, C] in what a block returns."""
+        raise NotImplementedError
+
+    def obstacle_beside_video(self, kwargs: Mapping[str, Any]) -> Unclear | None:
+        """Why a block that is called so cannot be told to leave video out, or None."""
+        raise NotImplementedError
+
+    def beside_video(
+        self, block: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """What `block(*args, **kwargs)` returns if it computes everything but video."""
+        raise NotImplementedError
+
+    def cut(
+        self, rows: Ranges, tokens: VideoTokens, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | Unclear:
+        """What a block is to be called with so that it sees the video tokens `rows` of `tokens` only: stream, positions,
+        modulation and masks. A family that tells it tells `put_back`, too."""
+        return UNCLEAR
+
+    def put_back(self, out: Any, rows: Ranges, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the block returns for all tokens if it returned `out` for `rows`; the others are as they were given."""
+        raise NotImplementedError
+
+    # By what forwards are told apart.
+
+    @property
+    def shapes(self) -> Hashable:
+        """Whatever of this forward's shapes neither the packed latent nor the tokens tell."""
+        return ()
+
+    @property
+    def pass_options(self) -> Hashable:
+        """What guiders tell this pass apart by: the options with which they switch parts of the model off."""
+        return ()
+
+    @property
+    def context_frames(self) -> tuple[int, ...] | None:
+        """The latent frames of the clip that this forward sees, if it is one of ComfyUI's context windows."""
+        return None
+
+    # Time.
+
+    def clip_frames(self) -> int | Unclear:
+        """Latent frames of the whole clip, without guides, even if this forward sees a part of it."""
+        return UNCLEAR
+
+    @property
+    def has_lost_keyframes(self) -> bool:
+        """Whether frames were cut out of the latent after generated keyframes were added behind the clip."""
+        return False
+
+    def stretched(self, factor: float) -> Mapping[str, Any] | Unclear:
+        """Named arguments of the call with which every video frame and guide lasts `factor` times as long."""
+        return UNCLEAR
+
+    def seconds(self, clip_frames: int) -> float | Unclear:
+        """How long so many latent frames last in this forward."""
+        return UNCLEAR
+
+    def sound_seconds(self) -> float | None:
+        """How long the sound beside the video lasts, None without any or where it is not that of the video's frames."""
+        return None
+
+    @property
+    def frame_rate(self) -> float | None:
+        """Video frames a second as the conditioning says, None if it does not."""
+        return None
+
+    @property
+    def longest_seconds(self) -> float | Unclear:
+        """The longest clip, in seconds, whose positions the model was made for."""
+        return UNCLEAR
+
+    # Work.
+
+    @property
+    def width(self) -> int | Unclear:
+        """Numbers in one video token."""
+        return UNCLEAR
+
+    def work(self, text_tokens: int) -> Work | Unclear:
+        """What this forward computes for one cond, given so many tokens of text."""
+        return UNCLEAR
+
+    def flops(self, work: Work) -> float:
+        """FLOPs of the blocks; asked only for what `work` has told."""
+        raise NotImplementedError

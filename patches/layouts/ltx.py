@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
 
-from ..kernels.tokens import VideoTokens
-from .layout import NO_VIDEO, Layout, Role, Site, Stream, Unclear
+from ..kernels.segments import take
+from ..kernels.tokens import Ranges, VideoTokens
+from .layout import NO_VIDEO, UNCLEAR_QUERY, Layout, Site, Stream, Unclear
+from .role import Role
+from .work import PER_FRAME, VIDEO, Work
 
 CLASS_NAMES = {"LTXVModel", "LTXAVModel"}
 
@@ -22,6 +27,21 @@ ROLES = {
     "audio_to_video_attn": Role.VIDEO_AUDIO,
     "video_to_audio_attn": Role.AUDIO_VIDEO,
 }
+AUDIO, TEXT = "audio", "text"
+# The sub-modules of a block: whose tokens they compute, and whose tokens those look at.
+WORK = {
+    "attn1": (VIDEO, VIDEO),
+    "attn2": (VIDEO, TEXT),
+    "ff": (VIDEO, VIDEO),
+    "audio_attn1": (AUDIO, AUDIO),
+    "audio_attn2": (AUDIO, TEXT),
+    "audio_ff": (AUDIO, AUDIO),
+    "audio_to_video_attn": (VIDEO, AUDIO),
+    "video_to_audio_attn": (AUDIO, VIDEO),
+}
+OF_KEYS = ("to_k", "to_v")
+# Those that treat every video token alone.
+EACH_TOKEN = ("attn2", "ff")
 
 # Options with which guiders (spatio-temporal guidance, multimodal guidance) switch parts of a pass off.
 RUN_VIDEO = "run_vx"
@@ -35,11 +55,22 @@ PASS_OPTIONS = (
     "ptb_index",
 )
 CHANNELS = 128
+# What blocks are given for each video token: modulation and positions; and who of them may see whom.
+OF_VIDEO = (
+    "timestep",
+    "pe",
+    "v_timestep",
+    "v_pe",
+    "v_cross_pe",
+    "v_cross_scale_shift_timestep",
+    "v_cross_gate_timestep",
+)
+MASK = "self_attention_mask"
 
 UNCLEAR_SHAPE = "UNCLEAR_SHAPE"
-UNCLEAR_QUERY = "UNCLEAR_QUERY"
 UNCLEAR_CALL = "UNCLEAR_CALL"
 NO_FRAME_RATE = "NO_FRAME_RATE"
+NO_OPTIONS = "NO_OPTIONS"
 
 
 def read(
@@ -62,9 +93,9 @@ class LtxLayout(Layout):
         self._denoise_mask = conds.get("denoise_mask")
         self._slots = conds.get("generated_keyframes")
         self._frame_rate = conds.get("frame_rate")
-        self._window = options.get("context_window")
+        self._context = options.get("context_window")
         self._pass_options = tuple(_hashable(options.get(name)) for name in PASS_OPTIONS)
-        anchor = getattr(self._window, "causal_anchor_index", None)
+        anchor = getattr(self._context, "causal_anchor_index", None)
         self._anchors = int(anchor is not None and anchor >= 0)
 
     def sites(self) -> Iterator[tuple[torch.nn.Module, Site]]:
@@ -80,35 +111,67 @@ class LtxLayout(Layout):
         return list(self._model.transformer_blocks)
 
     def per_frame_work(self, block: torch.nn.Module) -> dict[str, torch.nn.Module]:
-        return {name: getattr(block, name) for name in ("attn2", "ff")}
+        return {name: getattr(block, name) for name in EACH_TOKEN}
 
     @property
     def has_other_streams(self) -> bool:
         return _has_audio(self.blocks[0])
 
-    def video_of(self, stream: Any) -> torch.Tensor:
-        return stream[0] if self.has_other_streams else stream
+    def given_video(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        return self.returned_video(args[0])
 
-    def beside_video(self, block: Callable[..., Any], stream: Any, *args: Any, **kwargs: Any) -> Any:
+    def returned_video(self, out: Any) -> torch.Tensor:
+        video: torch.Tensor = out[0] if self.has_other_streams else out
+        return video
+
+    def obstacle_beside_video(self, kwargs: Mapping[str, Any]) -> Unclear | None:
+        is_told = not self.has_other_streams or "transformer_options" in kwargs
+        return None if is_told else Unclear(NO_OPTIONS)
+
+    def beside_video(
+        self, block: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         if not self.has_other_streams:
-            return stream
-        options = {**kwargs.pop("transformer_options"), RUN_VIDEO: False}
-        return block(stream, *args, transformer_options=options, **kwargs)
+            return args[0]
+        options = {**kwargs["transformer_options"], RUN_VIDEO: False}
+        return block(*args, **{**kwargs, "transformer_options": options})
+
+    def cut(
+        self, rows: Ranges, tokens: VideoTokens, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | Unclear:
+        video = take(self.given_video(args, kwargs), rows)
+        stream = (video, *args[0][1:]) if self.has_other_streams else video
+        named = {name: _cut(kwargs[name], rows, tokens.total) for name in OF_VIDEO if name in kwargs}
+        if MASK in kwargs:
+            named[MASK] = _cut_mask(kwargs[MASK], rows)
+        return (stream, *args[1:]), {**kwargs, **named}
+
+    def put_back(self, out: Any, rows: Ranges, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        # Blocks write into the stream that they are given, and so may we.
+        whole, computed, at = self.given_video(args, kwargs), self.returned_video(out), 0
+        for start, stop in rows:
+            whole[:, start:stop] = computed[:, at : at + stop - start]
+            at += stop - start
+        return (whole, *out[1:]) if self.has_other_streams else whole
 
     @property
     def shapes(self) -> Hashable:
-        return self._shapes, self.video_tokens()
+        return self._shapes
 
     @property
     def pass_options(self) -> Hashable:
         return self._pass_options
 
     @property
-    def window_frames(self) -> tuple[int, ...] | None:
-        frames = getattr(self._window, "index_list", None)
+    def context_frames(self) -> tuple[int, ...] | None:
+        frames = getattr(self._context, "index_list", None)
         return None if frames is None else tuple(frames)
 
     def video_tokens(self) -> VideoTokens | Unclear:
+        return self._tokens
+
+    @cached_property
+    def _tokens(self) -> VideoTokens | Unclear:
         if self._shape is None:
             return Unclear(UNCLEAR_SHAPE)
         frames, height, width = self._shape
@@ -129,7 +192,7 @@ class LtxLayout(Layout):
         return VideoTokens(offsets, sum(per_frame_kept), self._anchors)
 
     def clip_frames(self) -> int | Unclear:
-        total = getattr(self._window, "total_frames", None)
+        total = getattr(self._context, "total_frames", None)
         if total is not None:
             return int(total)
         tokens = self.video_tokens()
@@ -137,7 +200,7 @@ class LtxLayout(Layout):
 
     @property
     def has_lost_keyframes(self) -> bool:
-        if not self._slots or self._shape is None or self._window is not None:
+        if not self._slots or self._shape is None or self._context is not None:
             return False
         return bool(self._slots["first_latent_frame"] + self._slots["num_keyframes"] > self._shape[0])
 
@@ -147,12 +210,12 @@ class LtxLayout(Layout):
         return Unclear(NO_FRAME_RATE) if rate is None else {"frame_rate": rate / factor}
 
     def seconds(self, clip_frames: int) -> float | Unclear:
-        rate = self.frame_rate
-        return Unclear(NO_FRAME_RATE) if rate is None else (8 * (clip_frames - 1) + 1) / rate
+        rate, a_latent = self.frame_rate, frames_a_latent(self._model)
+        return Unclear(NO_FRAME_RATE) if rate is None else (a_latent * (clip_frames - 1) + 1) / rate
 
     def sound_seconds(self) -> float | None:
         patchifier = getattr(self._model, "a_patchifier", None)
-        if self._window is not None or patchifier is None or len(self._shapes) < 2:
+        if self._context is not None or patchifier is None or len(self._shapes) < 2:
             return None
         a_second = patchifier.sample_rate / patchifier.hop_length / patchifier.audio_latent_downsample_factor
         return float(self._shapes[1][2] / a_second) or None
@@ -194,11 +257,64 @@ class LtxLayout(Layout):
         return Unclear(UNCLEAR_CALL) if text is None or text.shape[1] == tokens.total else True
 
     def block_mask(self, given: Mapping[str, Any]) -> Any:
-        return given.get("self_attention_mask")
+        return given.get(MASK)
+
+    @property
+    def width(self) -> int:
+        return int(self._model.inner_dim)
+
+    def work(self, text_tokens: int) -> Work | Unclear:
+        tokens = self._tokens
+        if isinstance(tokens, Unclear):
+            return tokens
+        sound = self._shapes[1][2] if len(self._shapes) > 1 else 0
+        return Work(tokens, len(self.blocks), text_tokens, sound)
+
+    def flops(self, work: Work) -> float:
+        return flops(self._model, work) or 0.0
 
 
 def is_ltx(model: Any) -> bool:
     return any(base.__name__ in CLASS_NAMES for base in type(model).__mro__)
+
+
+def frames_a_latent(model: Any) -> int:
+    """Video frames that one latent frame holds, behind the first."""
+    return int(model.vae_scale_factors[0])
+
+
+def _cut(value: Any, rows: Ranges, total: int) -> Any:
+    """Of something that a block is given for all its video tokens, what is for `rows`; anything else as it is.
+
+    Modulation [B, N, C] or by frames; positions [B, N, …] or [B, H, N, D], several in a tuple.
+    """
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cut(part, rows, total) for part in value)
+    if isinstance(value, torch.Tensor):
+        dim = 2 if value.ndim == 4 and value.shape[2] == total else 1
+        return take(value, rows, dim) if value.ndim > 1 and value.shape[dim] == total else value
+    each = getattr(value, "patches_per_frame", 0)
+    if not each or value.num_frames * each != total:
+        return value
+    cut = copy.copy(value)
+    cut.data = take(value.data, tuple((start // each, stop // each) for start, stop in rows))
+    cut.num_frames = cut.data.shape[1]
+    return cut
+
+
+def _cut_mask(mask: Any, rows: Ranges) -> Any:
+    """A mask [B, H, 1 or N, N], or the two that guides of other strengths come with, which stand behind the frames."""
+    if mask is None:
+        return None
+    if isinstance(mask, torch.Tensor):
+        cut = take(mask, rows, dim=-1)
+        return cut if mask.shape[-2] == 1 else take(cut, rows, dim=-2)
+    cut, start = copy.copy(mask), mask.guide_start
+    cut.guide_start = sum(min(b, start) - a for a, b in rows if a < start)
+    cut.noisy_mask, cut.tracked_mask = (
+        take(part, rows, dim=-1) for part in (mask.noisy_mask, mask.tracked_mask)
+    )
+    return cut
 
 
 def _hashable(value: Any) -> Hashable:
@@ -217,6 +333,35 @@ def stream_of(model: Any, noise_shape: tuple[int, ...]) -> Stream | None:
     places = math.prod(noise_shape[2:]) // (CHANNELS if len(noise_shape) == 3 else 1)
     blocks = model.transformer_blocks
     return Stream(len(blocks), noise_shape[0] * places * int(model.inner_dim), not _has_audio(blocks[0]))
+
+
+def flops(model: Any, work: Work) -> float | None:
+    """FLOPs of the transformer blocks, as PyTorch's counter counts them; None if the model is unknown."""
+    if not is_ltx(model):
+        return None
+    count = {VIDEO: work.tokens.total, AUDIO: work.audio_tokens, TEXT: work.text_tokens}
+    total = 0
+    for index, block in zip(range(work.blocks), model.transformer_blocks, strict=True):
+        for name, (computed, seen) in WORK.items():
+            module = getattr(block, name, None)
+            rows, keys = count[computed], count[seen]
+            # Without audio the model skips whatever would compute it or look at it.
+            if module is None or not rows or not keys or _is_left_out(work, index, name):
+                continue
+            for path, linear in module.named_modules():
+                if hasattr(linear, "in_features"):
+                    through = keys if path in OF_KEYS else rows
+                    total += 2 * through * linear.in_features * linear.out_features
+            if name in ROLES:
+                segments = work.segments.get((ROLES[name], index))
+                pairs = rows * keys if segments is None else segments.pairs(range(rows))
+                total += 4 * pairs * module.to_q.out_features
+    return total
+
+
+def _is_left_out(work: Work, block: int, name: str) -> bool:
+    whole = (block, VIDEO) in work.left_out and WORK[name][0] == VIDEO
+    return whole or ((block, PER_FRAME) in work.left_out and name in EACH_TOKEN)
 
 
 def _has_audio(block: torch.nn.Module) -> bool:

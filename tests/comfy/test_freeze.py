@@ -148,15 +148,15 @@ def test_the_step_comes_from_sigma(scope, sampler, frozen, record):
 @pytest.mark.parametrize("sampler", ["dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde"])
 def test_a_forecast_spans_steps_not_evaluations(sampler, frozen, pack, monkeypatch):
     """Samplers that evaluate a step at two sigmas: a line through both would point anywhere."""
-    reuse, spans = pack("patches.reuse"), []
-    at = reuse.Held.at
+    entry, spans = pack("patches.reuse.entry"), []
+    at = entry.Entry.at
 
     def watching(self, sigma):
         if self.older is not None:
             spans.append(self.older_sigma - self.sigma)
         return at(self, sigma)
 
-    monkeypatch.setattr(reuse.Held, "at", watching)
+    monkeypatch.setattr(entry.Entry, "at", watching)
     sample(frozen(build_model(), forecast="linear", refresh_every=2), sigmas=SIGMAS, sampler=sampler)
     assert spans and min(spans) > 0.1
 
@@ -275,7 +275,7 @@ class TestSpatialAttention:
         assert equal(sample(kept, sigmas=SIGMAS), sample(model, sigmas=SIGMAS))
         assert record(kept)["declined"] == {"KEPT_BLOCK": 24}
 
-        monkeypatch.setattr(pack("patches.freeze"), "has_lse", lambda *_: False)
+        monkeypatch.setattr(pack("patches.techniques.spatial_freeze"), "has_lse", lambda *_: False)
         none = frozen(model, scope="spatial attention")
         assert equal(sample(none, sigmas=SIGMAS), sample(model, sigmas=SIGMAS))
         assert record(none)["declined"] == {"NO_LSE": 24}

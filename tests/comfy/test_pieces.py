@@ -129,7 +129,7 @@ def test_what_is_kept_counts_once_when_a_run_comes_in_pieces(place, frozen, pack
 
     kept: list[bool] = []
     model.model.diffusion_model.register_forward_hook(lambda *_: kept.append(True))
-    monkeypatch.setattr(pack("patches.mount").mm, "get_free_memory", get_free_memory)
+    monkeypatch.setattr(pack("patches.wrappers").mm, "get_free_memory", get_free_memory)
     sample(ours, "ltxav", sigmas=SIGMAS, cfg=1.0)
     entry = journal_of(ours).records()[-1]["techniques"]["spatial freeze"]
     assert "CACHE_FULL" not in entry["declined"] and entry["taken"] == 4

@@ -19,7 +19,7 @@ def is_untouched(model, pack):
     for module in model.model.diffusion_model.modules():
         assert "forward" not in vars(module)
     ours = [key for key in model.model_options["transformer_options"] if key.startswith("frame_thrift")]
-    assert ours == [pack("patches.mount").PLAN]
+    assert ours == [pack("patches.plan").PLAN]
     return True
 
 
@@ -63,22 +63,22 @@ def test_error_inside_a_block(pack, windowed):
 
 
 def test_the_run_and_its_tensors_die_with_the_run(pack, windowed, monkeypatch):
-    mount = pack("patches.mount")
+    wrappers = pack("patches.wrappers")
     runs, tensors = [], []
 
-    class Watched(mount.Run):
+    class Watched(wrappers.Run):
         def __init__(self, *args):
             super().__init__(*args)
             runs.append(weakref.ref(self))
 
-    read_layout = mount.read_layout
+    read_layout = wrappers.read_layout
 
     def watching(model, x, *args):
         tensors.append(weakref.ref(x))
         return read_layout(model, x, *args)
 
-    monkeypatch.setattr(mount, "Run", Watched)
-    monkeypatch.setattr(mount, "read_layout", watching)
+    monkeypatch.setattr(wrappers, "Run", Watched)
+    monkeypatch.setattr(wrappers, "read_layout", watching)
     sample(windowed(build_model()))
     gc.collect()
     assert runs and tensors
@@ -109,14 +109,16 @@ def test_a_model_is_called_without_a_sampler(windowed):
 
 def test_threads_share_only_the_plan_and_the_journal(pack, windowed):
     """As core's MultiGPU split does: deep clones of the module, one set of options, forwards at the same time."""
-    mount = pack("patches.mount")
+    wrappers = pack("patches.wrappers")
     one = windowed(build_model())
-    run = mount.Run(mount.plan_of(one), pack("patches.clock").SigmaClock((1.0, 0.5, 0.0), lambda p: 1 - p))
+    run = wrappers.Run(
+        pack("patches.mount").plan_of(one), pack("patches.clock").SigmaClock((1.0, 0.5, 0.0), lambda p: 1 - p)
+    )
     modules = [one.model, build_model().model]
     options = {
         **one.model_options["transformer_options"],
         "wrappers": one.wrappers,
-        mount.RUN: run,
+        wrappers.RUN: run,
         "sigmas": torch.ones(1),
     }
     mask = torch.ones(1, TEXT_TOKENS, dtype=torch.long)

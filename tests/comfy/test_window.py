@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import comfy.samplers
 import pytest
 import tiny_models
@@ -106,8 +104,14 @@ def test_dense_blocks_stay_dense(windowed, last_run):
     ours = windowed(model, dense_blocks=1)
     reference = masked_model(model, visible(9, 6, 1, 0), lambda sigma, block: block in (1, 2))
     assert close(sample(ours), sample(reference))
-    assert last_run(ours) | {"settings": ""} == {
-        "settings": "",
+    assert last_run(ours) == {
+        "settings": {
+            "window": 1,
+            "sink_frames": 0,
+            "dense_blocks": 1,
+            "schedule": {"start_percent": 0.0, "end_percent": 1.0},
+        },
+        "described": "±1 latent frames, 0 sink, 1 dense blocks at each end",
         "unit": "attention calls",
         "is_expected": False,
         "steps": [0, 1, 2],
@@ -221,7 +225,8 @@ def test_the_work_is_really_not_done(family, pack, windowed):
     saved = products(model) - products(windowed(model))
     pairs = (frames * per_frame) ** 2 - frames * 3 * per_frame**2
     assert saved == 4 * pairs * width * blocks * steps
-    cost = pack("patches.window").TemporalWindow(window=1, sink_frames=0, start_percent=0, end_percent=1).cost
+    technique = pack("patches.techniques.temporal_window").TemporalWindow(window=1, sink_frames=0)
     tokens = pack("patches.kernels.tokens").VideoTokens.grid(frames, 2, 3)
-    call = SimpleNamespace(tokens=tokens, rows=range(tokens.total))
-    assert cost(call) == pytest.approx(1 - pairs / tokens.total**2)
+    work = technique.cost(pack("patches.layouts.work").Work(tokens, blocks, 5))
+    left = [segments.pairs(range(tokens.total)) for segments in work.segments.values()]
+    assert left == [tokens.total**2 - pairs] * blocks

@@ -14,7 +14,16 @@ FULL = {"start_percent": 0.0, "end_percent": 1.0}
 
 @pytest.fixture
 def window(pack):
-    return lambda **settings: pack("patches.window").TemporalWindow(**{**FULL, **settings})
+    technique, schedule = (
+        pack("patches.techniques.temporal_window").TemporalWindow,
+        pack("patches.clock").Schedule,
+    )
+
+    def make(**settings):
+        part = {name: settings.pop(name) for name in FULL if name in settings}
+        return technique(**settings, schedule=schedule(**part))
+
+    return make
 
 
 @pytest.fixture
@@ -25,14 +34,14 @@ def mounting(pack):
 @pytest.fixture
 def other(pack):
     """A second technique, as the next one will be."""
-    base = pack("patches.window").TemporalWindow
+    base = pack("patches.techniques.temporal_window").TemporalWindow
 
     @dataclass(frozen=True)
     class Other(base):
         name: ClassVar[str] = "other"
         stage: ClassVar[int] = 10
 
-    return Other(**FULL)
+    return Other(schedule=pack("patches.clock").Schedule())
 
 
 def wrappers(model):
@@ -69,7 +78,7 @@ def test_order_of_nodes_does_not_matter(mounting, window, other):
     two = mounting.mount(mounting.mount(model, other), window())
     assert mounting.plan_of(one) == mounting.plan_of(two) == (other, window())
     assert mounting.mount(one, window(start_percent=1.0)).model_options["transformer_options"][
-        mounting.PLAN
+        "frame_thrift_plan"
     ] == (other,)
 
 
@@ -82,7 +91,7 @@ def test_plan_is_frozen_and_journal_is_shared_by_clones(mounting, window):
 
 
 def test_journal_keeps_the_last_runs_and_hands_out_copies(pack):
-    journal = pack("patches.run").Journal(length=2)
+    journal = pack("patches.journal").Journal(length=2)
     for number in range(3):
         journal.add({"run": [number]})
     journal.records()[0]["run"].append("changed")
@@ -102,15 +111,17 @@ def test_nonsense_is_rejected_by_name(window, bad):
 
 
 def test_clock(pack):
+    part = pack("patches.clock").Schedule
     clock = pack("patches.clock").SigmaClock((1.0, 0.9, 0.5, 0.1, 0.0), lambda percent: 1 - percent)
     assert clock.steps == 4
-    assert clock.steps_within(0.0, 1.0) == [0, 1, 2, 3]
-    assert clock.steps_within(0.1, 0.5) == [1, 2]
-    assert clock.steps_within(0.2, 0.4) == []
-    assert clock.is_within(14.6, 0.0, 0.1), "percent 0 has no upper end"
+    assert clock.steps_within(part()) == [0, 1, 2, 3]
+    assert clock.steps_within(part(0.1, 0.5)) == [1, 2]
+    assert clock.steps_within(part(0.2, 0.4)) == []
+    assert clock.is_within(14.6, part(0.0, 0.1)), "percent 0 has no upper end"
     assert clock.percent(0.5) == pytest.approx(0.5)
-    assert next(clock.other_ranges(0.2, 0.4)) in (("start_percent", 0.10), ("end_percent", 0.50))
-    assert next(clock.other_ranges(0.92, 0.95)) == ("start_percent", 0.90)
+    nearest = next(clock.other_parts(part(0.2, 0.4)))
+    assert nearest in (("start_percent", part(0.1, 0.4)), ("end_percent", part(0.2, 0.5)))
+    assert next(clock.other_parts(part(0.92, 0.95))) == ("start_percent", part(0.9, 0.95))
     assert [clock.step_at(s) for s in (1.5, 1.0, 0.95, 0.9, 0.5, 0.3, 0.05)] == [0, 0, 0, 1, 2, 2, 3]
 
 

@@ -83,11 +83,11 @@ def play_recorder(pack: Any, monkeypatch: Any, model: Any, has_streams: bool) ->
     """A recorder that the pack finds in ComfyUI. has_streams: host memory is far, and copies run on a second stream."""
     recorder = Recorder(model)
     core = SimpleNamespace(pause_malloc_graph=recorder.pause)
-    monkeypatch.setattr(pack("patches.recorder"), "model_prefetch", core)
+    monkeypatch.setattr(pack("patches.reuse.recorder"), "model_prefetch", core)
     if has_streams:
-        cache = pack("patches.cache")
-        monkeypatch.setattr(cache, "shares_host_memory", lambda device: False)
-        monkeypatch.setattr(cache, "has_streams", lambda device: True)
+        store = pack("patches.reuse.store")
+        monkeypatch.setattr(store, "shares_host_memory", lambda device: False)
+        monkeypatch.setattr(store, "has_streams", lambda device: True)
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "stream", entered)
         monkeypatch.setattr(torch.cuda, "current_stream", Stream)

@@ -1,14 +1,16 @@
-"""Where reused tensors lie between two steps, and in which precision."""
+"""Where the values of a feature cache lie between two steps, and in which precision."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from .host import HostRoom
+from .pinned import PinnedMemory
 from .recorder import outliving_blocks
 
 GPU, HOST = "gpu", "cpu"
@@ -22,11 +24,11 @@ Parts = tuple[torch.Tensor, ...]
 
 
 @dataclass
-class Shelf:
+class Store:
     """Room for copies of tensors, and a count of what is taken.
 
     placement: GPU, HOST or AUTO (GPU first). rooms: bytes that may be taken of each; limit: bytes in all, 0 for
-    none. expected: bytes that host memory will have to hold. precision: FP8 packs what is kept. Copies to and from host
+    none. expected: bytes that host memory will have to hold. precision: FP8 packs what is stored. Copies to and from host
     memory run on a stream of their own.
     """
 
@@ -40,17 +42,17 @@ class Shelf:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._host = HostRoom()
+        self._pinned = PinnedMemory()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def keep(self, tensor: torch.Tensor, is_exact: bool = False) -> Kept | None:
+    def store(self, tensor: torch.Tensor, is_exact: bool = False) -> StoredTensor | None:
         """A copy of `tensor` where there is room, or None. is_exact: not packed."""
         size = self.size_of(tensor, is_exact)
         for place in (GPU, HOST) if self.placement == AUTO else (self.placement,):
             if not self._reserve(place, size):
                 continue
             try:
-                kept = Kept(self, tensor, place, self._packs(tensor, is_exact))
+                stored = StoredTensor(self, tensor, place, self._packs(tensor.device, is_exact))
             except RuntimeError:
                 # Out of memory: somebody else was faster than our count, and will be the next time.
                 with self._lock:
@@ -59,39 +61,45 @@ class Shelf:
                 continue
             with self._lock:
                 self.most[place] = max(self.most[place], self.taken[place])
-            return kept
+            return stored
         return None
 
     def size_of(self, tensor: torch.Tensor, is_exact: bool = False) -> int:
         """Bytes that a copy of it takes."""
-        if not self._packs(tensor, is_exact):
-            return tensor.nbytes
-        return tensor.numel() + tensor.nbytes // tensor.shape[-1]
+        return self._size(tensor.shape, tensor.itemsize, self._packs(tensor.device, is_exact))
+
+    def size_of_such(self, shape: Sequence[int], itemsize: int, device: torch.device) -> int:
+        """The same for a tensor that is not there yet, of numbers of `itemsize` bytes."""
+        return self._size(shape, itemsize, self._packs(device))
+
+    def _size(self, shape: Sequence[int], itemsize: int, is_packed: bool) -> int:
+        numbers = math.prod(shape)
+        return numbers + numbers // shape[-1] * itemsize if is_packed else numbers * itemsize
 
     def make_ready(self, share: float, piece: int) -> None:
         """Have this share of the expected host memory ready before it is needed, for copies of so many bytes each."""
         try:
-            self._host.grow(int(self.expected * share), piece)
+            self._pinned.grow(int(self.expected * share), piece)
         except RuntimeError:
             self.expected = 0
 
     def host_buffer(self, size: int) -> torch.Tensor:
-        return self._host.take(size)
+        return self._pinned.take(size)
 
-    def release(self, kept: Kept) -> None:
-        kept.wait()
+    def release(self, stored: StoredTensor) -> None:
+        stored.wait()
         with self._lock:
-            self.taken[kept.place] -= kept.nbytes
-        if kept.taken is not None:
-            self._host.give_back(kept.taken)
+            self.taken[stored.place] -= stored.nbytes
+        if stored.taken is not None:
+            self._pinned.give_back(stored.taken)
 
     def close(self) -> None:
-        """Wait for copies, and let go of host memory. Nothing kept may be used after it."""
+        """Wait for copies, and let go of host memory. Nothing stored may be used after it."""
         try:
             for stream in self._streams.values():
                 stream.synchronize()
         finally:
-            self._host.close()
+            self._pinned.close()
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         with self._lock:
@@ -99,8 +107,8 @@ class Shelf:
                 self._streams[device] = torch.cuda.Stream(device)
             return self._streams[device]
 
-    def _packs(self, tensor: torch.Tensor, is_exact: bool = False) -> bool:
-        return self.precision == FP8 and not is_exact and has_fp8(tensor.device)
+    def _packs(self, device: torch.device, is_exact: bool = False) -> bool:
+        return self.precision == FP8 and not is_exact and has_fp8(device)
 
     def _reserve(self, place: str, size: int) -> bool:
         with self._lock:
@@ -111,11 +119,11 @@ class Shelf:
             return has_room and is_allowed
 
 
-class Kept:
-    """One kept tensor, and its way back to the device that it came from. Raises RuntimeError without memory."""
+class StoredTensor:
+    """One stored tensor, and its way back to the device that it came from. Raises RuntimeError without memory."""
 
-    def __init__(self, shelf: Shelf, tensor: torch.Tensor, place: str, is_packed: bool) -> None:
-        self.shelf, self.place, self.is_packed = shelf, place, is_packed
+    def __init__(self, store: Store, tensor: torch.Tensor, place: str, is_packed: bool) -> None:
+        self.store, self.place, self.is_packed = store, place, is_packed
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         self.is_far = place == HOST and not shares_host_memory(self.device)
         self.taken: torch.Tensor | None = None
@@ -124,7 +132,7 @@ class Kept:
         with outliving_blocks():
             parts = self._parts(tensor)
             if self.is_far:
-                self.taken = shelf.host_buffer(sum(part.nbytes for part in parts))
+                self.taken = store.host_buffer(sum(part.nbytes for part in parts))
                 self.buffers = carved(self.taken, parts)
             else:
                 self.buffers = tuple(
@@ -140,7 +148,7 @@ class Kept:
         return (self.shape, self.dtype, self.device) == (tensor.shape, tensor.dtype, tensor.device)
 
     def overwrite(self, tensor: torch.Tensor) -> None:
-        """Keep `tensor`, which fits, instead."""
+        """Store `tensor`, which fits, instead."""
         with outliving_blocks():
             self._write(self._parts(tensor))
 
@@ -157,7 +165,7 @@ class Kept:
             for buffer, part in zip(self.buffers, parts, strict=True):
                 buffer.copy_(part)
             return
-        stream = self.shelf.stream(self.device)
+        stream = self.store.stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for buffer, part in zip(self.buffers, parts, strict=True):
@@ -169,7 +177,7 @@ class Kept:
         """Start the way back, if there is one to go."""
         if not self._has_stream or self._ahead is not None:
             return
-        stream = self.shelf.stream(self.device)
+        stream = self.store.stream(self.device)
         # Not earlier than what is computed now: else every copy of a forward would be on the GPU at once.
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -182,7 +190,7 @@ class Kept:
             self._event.synchronize()
 
     def tensor(self) -> torch.Tensor:
-        """The kept tensor on its device; not to be written to."""
+        """The stored tensor on its device; not to be written to."""
         parts = self._here()
         return unpack(parts) if self.is_packed else parts[0]
 

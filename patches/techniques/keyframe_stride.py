@@ -1,21 +1,30 @@
-"""Keyframe times: a clip sampled with fewer latent frames keeps its seconds."""
+"""Keyframe stride: a clip sampled with fewer latent frames keeps its seconds."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .layouts.layout import Layout, Unclear
-from .technique import CallTechnique
+from ..call import Call
+from ..layouts.layout import Layout, Unclear
+from ..layouts.work import Work
+from ..settings import Number, Whole, setting
+from ..technique import State, Technique
+
+if TYPE_CHECKING:
+    from ..run import Run
 
 FULL_LENGTH = "FULL_LENGTH"
 OTHER_LENGTH = "OTHER_LENGTH"
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class KeyframeTimes(CallTechnique):
+class StretchedTimes(Technique):
     """A clip of `strided_frames` latent frames lasts `stride` times as long; one of `frames` is left alone.
 
     So one MODEL serves a strided stage and a full-length one. Samplers that make a clip piece by piece show other lengths:
@@ -31,10 +40,10 @@ class KeyframeTimes(CallTechnique):
         "a sampler that makes its own latent needs the strided number of frames."
     )
 
-    stride: int
     frames: int
     strided_frames: int
-    frame_rate: float = 0.0
+    stride: int = setting(Whole(2, 1, 8))
+    frame_rate: float = setting(Number(0.0, 0.0, 1000.0, 0.01))
 
     @property
     def is_neutral(self) -> bool:
@@ -49,8 +58,30 @@ class KeyframeTimes(CallTechnique):
             f"{self.strided_frames} instead of {self.frames} latent frames, each {self.stride} times as long"
         )
 
-    def adapt(self, layout: Layout) -> Mapping[str, Any] | str:
+    def cost(self, work: Work) -> Work:
+        """A clip that is strided already costs what it costs."""
+        if work.tokens.frames != self.frames:
+            return work
+        return replace(work, tokens=work.tokens.thinned(self.strided_frames))
+
+    def begin(self, run: Run) -> State:
+        return Stretching(self, run)
+
+
+class Stretching(State):
+    technique: StretchedTimes
+
+    def call(self, call: Call) -> Mapping[str, Any] | str:
+        changes = self._changes(call.layout)
+        if not isinstance(changes, str):
+            for warning in self._warnings(call.layout):
+                if self.run.say_once(warning):
+                    logger.warning("FrameThrift: %s", warning)
+        return changes
+
+    def _changes(self, layout: Layout) -> Mapping[str, Any] | str:
         """Raises ValueError for a piece of a clip whose rate cannot be told."""
+        own = self.technique
         if layout.has_lost_keyframes:
             raise ValueError(
                 "model: the latent holds fewer frames than when generated keyframes were added to it, so Keyframe Stride has "
@@ -59,46 +90,49 @@ class KeyframeTimes(CallTechnique):
         given = layout.clip_frames()
         if isinstance(given, Unclear):
             return given.reason
-        if given == self.frames:
+        if given == own.frames:
             return FULL_LENGTH
-        if given != self.strided_frames:
+        if given != own.strided_frames:
             stretch = self._stretch_of_piece(given, layout)
             if stretch is None:
                 raise ValueError(
-                    f"model: Keyframe Stride made it for a clip of {self.strided_frames} latent frames at stride "
-                    f"{self.stride}, or for the full length of {self.frames}, but a sampler gave it a piece of {given}, and "
+                    f"model: Keyframe Stride made it for a clip of {own.strided_frames} latent frames at stride "
+                    f"{own.stride}, or for the full length of {own.frames}, but a sampler gave it a piece of {given}, and "
                     "nothing tells the rate of that piece. Give the strided MODEL to the stage that samples the strided "
                     "LATENT in one piece, and the MODEL from before Keyframe Stride to samplers that loop, extend or cut. "
                     "Guides and generated keyframes are added after Keyframe Stride."
                 )
             if stretch == 1:
                 return OTHER_LENGTH
-        change = layout.stretched(self.stride)
+        change = layout.stretched(own.stride)
         return change.reason if isinstance(change, Unclear) else change
 
     def _stretch_of_piece(self, frames: int, layout: Layout) -> int | None:
         """How many times as long a piece of so many latent frames lasts as it would at the full rate, if it can be told."""
+        own = self.technique
         if frames == 1:  # A picture has no rate.
             return 1
         seconds, sound = layout.seconds(frames), layout.sound_seconds()
         if not isinstance(seconds, Unclear) and sound:
-            nearest = min((1, self.stride), key=lambda stretch: abs(math.log(sound / (seconds * stretch))))
+            nearest = min((1, own.stride), key=lambda stretch: abs(math.log(sound / (seconds * stretch))))
             # Sound of another length entirely, as one that lasts the whole clip, tells nothing of the piece.
-            if abs(math.log(sound / (seconds * nearest))) < math.log(self.stride) / 4:
+            if abs(math.log(sound / (seconds * nearest))) < math.log(own.stride) / 4:
                 return nearest
-        return 1 if frames > self.strided_frames else None
+        return 1 if frames > own.strided_frames else None
 
-    def warnings(self, layout: Layout) -> Iterator[str]:
-        rate = layout.frame_rate
-        if rate and self.frame_rate and abs(rate / self.frame_rate - 1) > 0.01:
+    def _warnings(self, layout: Layout) -> Iterator[str]:
+        own, rate = self.technique, layout.frame_rate
+        if rate and own.frame_rate and abs(rate / own.frame_rate - 1) > 0.01:
             yield (
                 f"the model is told {rate:g} frames a second by its conditioning, and Keyframe Stride was told "
-                f"{self.frame_rate:g}. Give both the full rate: times are stretched by the stride from what the model is told."
+                f"{own.frame_rate:g}. Give both the full rate: times are stretched by the stride from what the model is told."
             )
-        seconds = layout.seconds(self.strided_frames)
-        if not isinstance(seconds, Unclear) and seconds * self.stride > layout.longest_seconds:
+        seconds, longest = layout.seconds(own.strided_frames), layout.longest_seconds
+        if isinstance(seconds, Unclear) or isinstance(longest, Unclear):
+            return
+        if seconds * own.stride > longest:
             yield (
-                f"with stride {self.stride} the clip lasts {seconds * self.stride:.1f} s, and this model was made for "
-                f"positions up to {layout.longest_seconds:g} s: what lies beyond may break. Make the clip shorter, or take "
+                f"with stride {own.stride} the clip lasts {seconds * own.stride:.1f} s, and this model was made for "
+                f"positions up to {longest:g} s: what lies beyond may break. Make the clip shorter, or take "
                 "a smaller stride."
             )

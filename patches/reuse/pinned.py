@@ -1,4 +1,4 @@
-"""Host memory that a GPU copies to and from at full speed."""
+"""Pinned host memory: a GPU copies to and from it at full speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGE = 4096
 ALIGNMENT = 512
 
 
-class HostRoom:
+class PinnedMemory:
     """Pieces cut from chunks that are page-locked out of ComfyUI's share, and let go by `close`.
 
     A chunk is cut into pieces of one size, so that nothing of it is left over. Getting memory from the system takes

@@ -1,0 +1,26 @@
+"""Inputs of a node from the settings of its technique, which say ranges and defaults."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..patches.settings import Choice, Setting, Whole
+
+
+def field(
+    settings: dict[str, Setting] | Any,
+    name: str,
+    tooltip: str,
+    advanced: bool = False,
+    optional: bool = False,
+) -> Any:
+    """The input for one of `settings`. advanced: folded away in the frontend."""
+    setting = settings[name]
+    more: dict[str, Any] = {"default": setting.default, "tooltip": tooltip, "optional": optional}
+    if advanced:
+        more["extra_dict"] = {"advanced": True}
+    if isinstance(setting, Choice):
+        return io.Combo.Input(name, options=list(setting.options), **more)
+    if isinstance(setting, Whole):
+        return io.Int.Input(name, min=setting.low, max=setting.high, **more)
+    return io.Float.Input(name, min=setting.low, max=setting.high, step=setting.step, **more)

@@ -1,0 +1,243 @@
+"""What techniques are told: of the model before it is loaded, of a step, of a forward, of an attention call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from .clock import Schedule, SigmaClock
+from .kernels.segments import Segments
+from .kernels.tokens import VideoTokens
+from .layouts.layout import Layout, Site, Stream, Unclear
+from .layouts.role import Role
+
+OVERRIDE = "optimized_attention_override"
+NO_OPTIONS = "NO_OPTIONS"
+
+Attend = Callable[["AttentionCall"], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Load:
+    """The model that is about to be loaded, and where to.
+
+    stream: the video tokens that it will see. passes: conds evaluated in a step. width: bytes of a number that blocks
+    compute with. weights: bytes of the model; total: bytes of the device; reserve: of those, what blocks compute in.
+    """
+
+    stream: Stream
+    passes: int
+    width: int
+    weights: int
+    total: int
+    is_on_cpu: bool
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in the video tokens of all passes."""
+        return self.stream.numbers * self.passes
+
+    @property
+    def reserve(self) -> int:
+        # ComfyUI's own estimate is far too high for packed latents; a block holds about a dozen such tensors at once.
+        return 16 * self.numbers * self.width
+
+    def has_room_for(self, size: int) -> bool:
+        """Whether so many bytes fit on the device beside the whole model."""
+        return self.weights + self.reserve + size < 0.95 * self.total
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a technique may take on the device, beside the model that lies there now, and of host memory."""
+
+    device: int
+    host: int
+
+
+@dataclass
+class Step:
+    """One evaluation by the sampler, counted from 1; `timestep` [B] holds its sigma."""
+
+    evaluation: int
+    timestep: torch.Tensor
+    clock: SigmaClock
+
+    @cached_property
+    def sigma(self) -> float:
+        # Reading it waits for the GPU: not before somebody asks.
+        return float(self.timestep.flatten()[0])
+
+    @property
+    def number(self) -> int:
+        """The step of the schedule that it belongs to, counted from 0; -1 without a schedule."""
+        return self.clock.step_at(self.sigma) if self.clock.steps else -1
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward of one batch of conds. What techniques have to remember of it lies here, each under its own State.
+
+    evaluation: how many times the sampler has called for noise so far. shape, dtype, device: of the latent [B, ...];
+    text: shape of the text [B, n, C]. options: transformer_options as others have left them.
+    """
+
+    layout: Layout
+    clock: SigmaClock
+    sigma: float
+    evaluation: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    text: tuple[int, ...] | None
+    options: Mapping[str, Any]
+    error: BaseException | None = None
+    outcomes: list[tuple[Any, str | None, int]] = field(default_factory=list)
+    pairs: dict[Role, list[float]] = field(default_factory=dict)
+    shadowing: set[Any] = field(default_factory=set)
+    _slots: dict[Any, Any] = field(default_factory=dict)
+    _narrowed: list[VideoTokens] = field(default_factory=list)
+
+    def __setitem__(self, state: Any, value: Any) -> None:
+        self._slots[state] = value
+
+    def __getitem__(self, state: Any) -> Any:
+        return self._slots[state]
+
+    def get(self, state: Any) -> Any:
+        """What a State has put here, None if nothing."""
+        return self._slots.get(state)
+
+    def has_shadowed(self, state: Any) -> bool:
+        """Whether a State has put something over modules in this forward."""
+        return state in self.shadowing
+
+    def count(self, state: Any, reason: str | None, times: int = 1) -> None:
+        """What became of a technique: the reason why it declined, or None."""
+        self.outcomes.append((state, reason, times))
+
+    def count_pairs(self, role: Role, dense: float, computed: float) -> None:
+        """Query-key pairs of one attention call of this role."""
+        pairs = self.pairs.setdefault(role, [0.0, 0.0])
+        pairs[0] += dense
+        pairs[1] += computed
+
+    def is_within(self, schedule: Schedule) -> bool:
+        return self.clock.is_within(self.sigma, schedule)
+
+    @property
+    def step(self) -> int:
+        """The step of the schedule, counted from 0; -1 without a schedule."""
+        return self.clock.step_at(self.sigma) if self.clock.steps else -1
+
+    @cached_property
+    def sites(self) -> list[tuple[torch.nn.Module, Site]]:
+        return list(self.layout.sites())
+
+    @cached_property
+    def _tokens(self) -> VideoTokens | Unclear:
+        return self.layout.video_tokens()
+
+    @property
+    def tokens(self) -> VideoTokens | Unclear:
+        """The video tokens, as far as they are computed where it is asked."""
+        return self._narrowed[-1] if self._narrowed else self._tokens
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another pack has told the whole forward how to compute attention."""
+        return OVERRIDE in self.options
+
+    @property
+    def replaced_blocks(self) -> Mapping[Any, Any]:
+        """What others have put in the place of transformer blocks, by place."""
+        return replaced_blocks(self.options)
+
+    @property
+    def conds(self) -> Hashable:
+        """What has to be the same where the results of one forward stand in for those of another: the conds, all shapes,
+        and by what a guider tells one pass over the same conds from another. Functions tell nothing."""
+        replaced = self.options.get("patches_replace", {})
+        return (
+            tuple(self.options.get("uuids", ())),
+            self.shape,
+            self.text,
+            self.layout.shapes,
+            self._tokens,
+            self.dtype,
+            # Guiders leave blocks or parts of them out in passes that are to come out worse.
+            self.layout.pass_options,
+            self.is_foreign,
+            *sorted((kind, *sorted(map(str, at))) for kind, at in replaced.items() if at),
+        )
+
+    def on_frames(
+        self, state: Any, frames: Iterable[int], block: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """What `block(*args, **kwargs)` returns if it computes only these latent frames and what is no frame.
+
+        The tokens of other frames come out as they went in. Where the layout cannot do it, the block computes all, and the
+        reason is counted for `state`.
+        """
+        tokens = self.tokens
+        if isinstance(tokens, Unclear):
+            self.count(state, tokens.reason)
+            return block(*args, **kwargs)
+        within, rows = tokens.only(frames)
+        cut = self.layout.cut(rows, tokens, args, kwargs)
+        if isinstance(cut, Unclear):
+            self.count(state, cut.reason)
+            return block(*args, **kwargs)
+        with self._narrow(within):
+            out = block(*cut[0], **cut[1])
+        return self.layout.put_back(out, rows, args, kwargs)
+
+    @contextmanager
+    def _narrow(self, tokens: VideoTokens) -> Iterator[None]:
+        self._narrowed.append(tokens)
+        try:
+            yield
+        finally:
+            self._narrowed.pop()
+
+
+def replaced_blocks(options: Mapping[str, Any]) -> Mapping[Any, Any]:
+    """What others have put in the place of transformer blocks, by place."""
+    replaced: Mapping[Any, Any] = options.get("patches_replace", {}).get("dit", {})
+    return replaced
+
+
+@dataclass
+class AttentionCall:
+    """One attention call: q [B, rows, C], k and v [B, N, C], mask [..., 1 or rows, N].
+
+    rows: which of the queries' tokens `q` holds. segments: who sees whom. is_foreign: another pack computes it.
+    """
+
+    call: Call
+    site: Site
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    rows: range
+    heads: int
+    scale: float | None
+    is_foreign: bool
+    segments: Segments
+
+    @property
+    def tokens(self) -> VideoTokens:
+        """Of the video, which the queries are, or the keys."""
+        tokens = self.call.tokens
+        assert isinstance(tokens, VideoTokens)
+        return tokens
+
+    def count_pairs(self, computed: float) -> None:
+        """Query-key pairs that somebody has computed instead of the executor."""
+        self.call.count_pairs(self.site.role, 0.0, computed)

@@ -1,0 +1,39 @@
+"""The plan on a MODEL: its techniques, frozen, in the order of their stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .layouts.work import Work
+from .technique import Technique
+
+PLAN = "frame_thrift_plan"
+
+Plan = tuple[Technique, ...]
+
+
+def plan_in(options: Mapping[str, Any]) -> Plan:
+    """The plan in transformer_options."""
+    plan: Plan = options.get(PLAN, ())
+    return plan
+
+
+def plan_of(model: Any) -> Plan:
+    """The techniques mounted on `model` (ModelPatcher)."""
+    return plan_in(model.model_options.get("transformer_options", {}))
+
+
+def in_order(techniques: Iterable[Technique]) -> Plan:
+    return tuple(sorted(techniques, key=lambda technique: technique.stage))
+
+
+def without(plan: Plan, name: str) -> Plan:
+    return tuple(technique for technique in plan if technique.name != name)
+
+
+def cost(plan: Iterable[Technique], work: Work) -> Work:
+    """What is left of the work of one forward in which all of these techniques act."""
+    for technique in plan:
+        work = technique.cost(work)
+    return work

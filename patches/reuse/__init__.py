@@ -1,0 +1,1 @@
+"""A feature cache: values that one step has computed and later ones reuse. Knows no technique and no model family."""

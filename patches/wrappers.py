@@ -1,0 +1,334 @@
+"""The seams at which ComfyUI calls us. They call the hooks of the techniques, and know none by name."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from .attention import Forward
+from .call import Call, Load, Room, replaced_blocks
+from .clock import SigmaClock
+from .journal import fingerprints, journal_of
+from .kernels.tokens import VideoTokens
+from .layouts import read_layout, stream_of
+from .layouts.layout import Layout, Unclear
+from .layouts.role import Role
+from .plan import PLAN, plan_in
+from .run import Run
+from .shadow import shadowed
+from .summary import announce, summarise
+from .technique import ATTENTION_CALLS, Replacement, State, overrides
+
+RUN = "frame_thrift_run"
+
+try:
+    from comfy.model_prefetch import cleanup_prefetch_queues
+except ImportError:  # Older releases stream weights without queues.
+    cleanup_prefetch_queues = None
+
+logger = logging.getLogger(__name__)
+
+# Beside the call itself, for DIFFUSION_MODEL: options are looked into by torch.compile, and copied by anybody.
+CURRENT: ContextVar[Acting | None] = ContextVar("frame_thrift_call", default=None)
+
+
+def _outer_sample(
+    executor: Any,
+    noise: Any,
+    latent_image: Any,
+    sampler: Any,
+    sigmas: Any,
+    denoise_mask: Any = None,
+    callback: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run seam: owns the run from before the first step until after the last, however it ends."""
+    guider = executor.class_obj
+    options = guider.model_options.setdefault("transformer_options", {})
+    if PLAN not in options:
+        logger.warning(
+            "FrameThrift: another node replaced the model's transformer_options, and what was mounted with "
+            "them; the result is stock. Put the FrameThrift nodes after that node."
+        )
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
+    model = guider.model_patcher
+    sampling = model.get_model_object("model_sampling")
+    clock = SigmaClock(tuple(float(s) for s in sigmas), sampling.percent_to_sigma)
+    run = Run(plan_in(options), clock, model.load_device)
+    journal = journal_of(model)
+    _say(announce(run.plan, clock, journal.records() if journal is not None else []))
+    # As core's sampling: without guidance the negative conds are not computed.
+    run.has_guidance = getattr(guider, "cfg", None) != 1 or bool(
+        guider.model_options.get("disable_cfg1_optimization")
+    )
+    options[RUN] = run
+    last: list[Any] = []
+
+    def keeping(step: Any, x0: Any, *rest: Any) -> Any:
+        last[:] = [x0]
+        return callback(step, x0, *rest) if callback is not None else None
+
+    finished = False
+    try:
+        output = executor(noise, latent_image, sampler, sigmas, denoise_mask, keeping, *args, **kwargs)
+        shapes = kwargs.get("latent_shapes")
+        run.note_output(
+            samples=fingerprints(_parts(output, shapes)),
+            x0=fingerprints(_parts(model.model.process_latent_out(last[0].cpu()), shapes)) if last else [],
+        )
+        finished = True
+        return output
+    finally:
+        last.clear()
+        options.pop(RUN, None)
+        run.close()
+        _close(run, model, finished)
+
+
+def _parts(latent: torch.Tensor, shapes: Any) -> list[torch.Tensor]:
+    """Video, and audio if there is any, of a latent that samplers see as one."""
+    if not shapes or sum(math.prod(shape[1:]) for shape in shapes) != math.prod(latent.shape[1:]):
+        return [latent]
+    return list(comfy.utils.unpack_latents(latent, shapes)) if len(shapes) > 1 else [latent]
+
+
+def _close(run: Run, model: Any, finished: bool) -> None:
+    record = {**run.record(), "finished": finished}
+    journal = journal_of(model)
+    # A run cut short by an interrupt or somebody's error proves nothing about us.
+    if finished and run.clock.steps:
+        suspects = [name for name in model.object_patches if name.startswith("diffusion_model.")]
+        _say(summarise(record, run.plan, suspects, journal.records() if journal is not None else []))
+    if journal is not None:
+        journal.add(record)
+
+
+def _say(lines: list[tuple[bool, str]]) -> None:
+    for is_warning, line in lines:
+        logger.log(logging.WARNING if is_warning else logging.INFO, line)
+
+
+def _prepare_sampling(
+    executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Load seam: asks for the techniques' room before the model is loaded, and tells them what room there is."""
+    model_options = kwargs.get("model_options") or (args[0] if args else None) or {}
+    run: Run | None = model_options.get("transformer_options", {}).get(RUN)
+    load = None if run is None else _load(run, model, tuple(noise_shape), conds, model_options)
+    if run is None or load is None:
+        return executor(model, noise_shape, conds, *args, **kwargs)
+    host = int(mm.get_free_memory(torch.device("cpu")) / 2)
+    wanted = {state: state.wants(load) for state in run.states}
+    total, shape = sum(wanted.values()), list(noise_shape)
+    if total:
+        # ComfyUI budgets by the noise's shape alone.
+        needed = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
+        shape[-1] = math.ceil(shape[-1] * (1 + total / needed))
+    out = executor(model, shape, conds, *args, **kwargs)
+    free = host if load.is_on_cpu else int(mm.get_free_memory(model.load_device) - load.reserve)
+    for state, size in wanted.items():
+        part = size / total if size else 1.0
+        state.granted(Room(max(0, int(free * part)), host))
+    return out
+
+
+def _load(run: Run, model: Any, noise_shape: tuple[int, ...], conds: Any, options: Any) -> Load | None:
+    stream = stream_of(model.model.diffusion_model, noise_shape)
+    if stream is None:
+        return None
+    replaced = replaced_blocks(options["transformer_options"])
+    return Load(
+        stream=replace(stream, is_alone=stream.is_alone and not replaced),
+        passes=sum(len(cond) for name, cond in conds.items() if run.has_guidance or name != "negative"),
+        width=mm.dtype_size(model.model.manual_cast_dtype or model.model.get_dtype()),
+        weights=model.model_size(),
+        total=mm.get_total_memory(model.load_device),
+        is_on_cpu=mm.is_device_cpu(model.load_device),
+    )
+
+
+def _predict_noise(
+    executor: Any, x: Any, timestep: Any, model_options: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Step seam: one evaluation by the sampler, whether or not the model is called for it."""
+    run: Run | None = model_options.get("transformer_options", {}).get(RUN)
+    if run is None:
+        return executor(x, timestep, model_options, *args, **kwargs)
+    evaluation = run.begin_step(timestep)
+    out = executor(x, timestep, model_options, *args, **kwargs)
+    run.end_step(evaluation)
+    return out
+
+
+def _apply_model(
+    executor: Any,
+    x: Any,
+    t: Any,
+    c_concat: Any = None,
+    c_crossattn: Any = None,
+    control: Any = None,
+    transformer_options: Any = None,
+    **conds: Any,
+) -> Any:
+    """Call seam: one forward of one batch of conds. All that happens inside is bound here and let go here."""
+    options = transformer_options if transformer_options is not None else {}
+    if PLAN not in options:
+        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+    # Somebody who calls the model without a sampler still gets what is mounted, only no closing line.
+    run: Run = options.get(RUN) or Run(
+        plan_in(options), SigmaClock((), executor.class_obj.model_sampling.percent_to_sigma)
+    )
+    run.count_forward()
+    layout = read_layout(executor.class_obj.diffusion_model, x, options, conds)
+    if isinstance(layout, Unclear):
+        run.decline_forward(layout.reason)
+        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+    sigma = float(options.get("sigmas", t).flatten()[0])
+
+    def begin(known: Layout) -> Call:
+        text = tuple(c_crossattn.shape) if isinstance(c_crossattn, torch.Tensor) else None
+        return Call(
+            known, run.clock, sigma, run.evaluations, tuple(x.shape), x.dtype, x.device, text, options
+        )
+
+    def compute(changes: dict[str, Any]) -> Any:
+        return executor(x, t, c_concat, c_crossattn, control, options, **{**conds, **changes})
+
+    return _carried_out(run, partial(begin, layout), compute)
+
+
+def _carried_out(run: Run, begin: Callable[[], Call], compute: Callable[[dict[str, Any]], Any]) -> Any:
+    """A forward under the plan, and once again if memory ran out and the techniques could free some."""
+    call, failed = begin(), None
+    try:
+        return _attempt(run, call, compute)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        failed = call.error = error
+    # Outside of the handler, whose traceback holds on to what the failed forward had made.
+    has_freed = [state.relieve(call) for state in run.states]
+    try:
+        if not any(has_freed):
+            raise failed
+    finally:
+        call.error = failed = None
+    if cleanup_prefetch_queues is not None:
+        cleanup_prefetch_queues()
+    mm.soft_empty_cache()
+    return _attempt(run, begin(), compute)
+
+
+def _attempt(run: Run, call: Call, compute: Callable[[dict[str, Any]], Any]) -> Any:
+    before = CURRENT.get()
+    try:
+        acting = Acting.of(run, call)
+        CURRENT.set(acting)
+        with acting.bound():
+            output = compute(acting.changes)
+    except BaseException as error:
+        for state in run.states:
+            state.called(call, error)
+        raise
+    finally:
+        CURRENT.set(before)
+    for state in run.states:
+        for outcome in state.called(call, None):
+            call.count(state, outcome)
+    run.absorb(call)
+    return output
+
+
+@dataclass(frozen=True)
+class Acting:
+    """The states that have not declined a forward, and the arguments that it is told instead."""
+
+    call: Call
+    states: list[State]
+    changes: dict[str, Any]
+
+    @staticmethod
+    def of(run: Run, call: Call) -> Acting:
+        states: list[State] = []
+        changes: dict[str, Any] = {}
+        for state in run.states:
+            roles = state.technique.roles
+            reply = call.tokens.reason if roles and isinstance(call.tokens, Unclear) else state.call(call)
+            if not isinstance(reply, str):
+                states.append(state)
+                changes |= reply
+                if reply:
+                    call.count(state, None)
+            elif state.technique.unit == ATTENTION_CALLS:
+                call.count(state, reply, sum(site.role in roles for _, site in call.sites))
+            else:
+                call.count(state, reply)
+        return Acting(call, states, changes)
+
+    def bound(self) -> AbstractContextManager[None]:
+        """Everything that the states put over modules, the first stage outermost."""
+        attention = Forward.of(self.call, self.states)
+        if Role.VIDEO_SELF not in attention.states:
+            self._count_dense()
+        having = [state for state in self.states if overrides(state, "modules")]
+        if not attention.states and not having:
+            return nullcontext()
+        return shadowed(chain(attention.shadows(), *(self._modules(state) for state in reversed(having))))
+
+    def _modules(self, state: State) -> Iterator[tuple[torch.nn.Module, Replacement]]:
+        for module, replacement in state.modules(self.call):
+            self.call.shadowing.add(state)
+            yield module, replacement
+
+    def _count_dense(self) -> None:
+        """Self-attention that nobody has a say in."""
+        tokens = self.call.tokens
+        if isinstance(tokens, VideoTokens):
+            calls = sum(site.role is Role.VIDEO_SELF for _, site in self.call.sites)
+            pairs = float(calls * tokens.total**2)
+            self.call.count_pairs(Role.VIDEO_SELF, pairs, pairs)
+
+
+# What torch.compile makes of a forward has nothing to gain from it.
+@torch.compiler.disable(recursive=False)
+def _diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same forward behind ComfyUI's own last changes of options."""
+    acting = CURRENT.get()
+    if acting is not None:
+        changes = {
+            name: value for state in acting.states for name, value in state.forward(acting.call).items()
+        }
+        for given in (*args, *kwargs.values()):
+            if changes and isinstance(given, dict) and PLAN in given:
+                given.update(changes)
+    return executor(*args, **kwargs)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    # Newer releases know that some of them come as errors of the accelerator.
+    is_oom = getattr(mm, "is_oom", None)
+    return type(error).__name__ == "AcceleratorError" and is_oom is not None and bool(is_oom(error))
+
+
+WRAPPERS = {
+    WrappersMP.OUTER_SAMPLE: _outer_sample,
+    WrappersMP.PREPARE_SAMPLING: _prepare_sampling,
+    WrappersMP.PREDICT_NOISE: _predict_noise,
+    WrappersMP.APPLY_MODEL: _apply_model,
+    WrappersMP.DIFFUSION_MODEL: _diffusion_model,
+}
