@@ -7,8 +7,7 @@ import comfy.utils
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..latents import flow, interpolate, pixels
-from ..latents.flow import RaftFlow
+from ..latents import interpolate, pixels, raft
 from ..latents.interpolate import LINEAR, SMOOTH, Estimate
 from ..latents.motion import estimate_motion
 from ..latents.restore import note_for, restore_frames, restore_latents, restored
@@ -139,14 +138,14 @@ def _estimator(method: str, optical_flow: Any) -> Estimate | None:
             "optical_flow: expected torchvision's RAFT from an optical flow loader, got "
             f"{type(getattr(optical_flow, 'model', optical_flow)).__name__}."
         )
-    return RaftFlow(optical_flow.model)
+    return raft.Raft(optical_flow.model)
 
 
 def _make_room(optical_flow: Any, method: str, shape: tuple[int, ...], device: Any) -> None:
     """Asks ComfyUI for what in-betweening a clip of this shape takes on the device."""
     needed = interpolate.memory_used(shape)
     if method == OPTICAL_FLOW:
-        mm.load_models_gpu([optical_flow], memory_required=needed + flow.memory_used(*shape[-2:]))
+        mm.load_models_gpu([optical_flow], memory_required=needed + raft.memory_used(*shape[-2:]))
     else:
         mm.free_memory(needed + mm.extra_reserved_memory(), device)
 
