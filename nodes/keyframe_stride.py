@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..latents import pixels
-from ..latents.stride import LARGEST_STRIDE, StrideNote, low_rate, refuse_strided, thin
+from ..latents.stride import LARGEST_STRIDE, StrideNote, low_rate, refuse_strided, thin, video_of
 from ..patches import layouts
 from ..patches.keyframes import KeyframeTimes
 from ..patches.mount import mount, plan_of
@@ -96,17 +96,21 @@ class KeyframeStride(io.ComfyNode):
                 model = mount(model, KeyframeTimes(1, 0, 0))
             return io.NodeOutput(model, latent, shown)
         inner = getattr(model, "model", None)
-        if not layouts.knows(getattr(inner, "diffusion_model", None)):
+        diffusion_model = getattr(inner, "diffusion_model", None)
+        if not layouts.knows(diffusion_model):
             raise ValueError(
                 f"model: expected LTX-Video or LTX-2, got {type(inner).__name__}, whose frame times cannot be stretched. "
                 "Connect one of those, or set stride to 1."
             )
 
+        told = layouts.frames_a_latent(diffusion_model)
+        frames_a_latent = told or pixels.frames_a_latent(vae, video_of(latent))
+
         def reencode(video: Any, thin_frames: Any) -> Any:
-            return pixels.encode(vae, thin_frames(pixels.decode(vae, video)))
+            return pixels.encode(vae, thin_frames(pixels.decode(vae, video, frames_a_latent)))
 
         channels = getattr(getattr(inner, "latent_format", None), "latent_channels", None)
-        thinned = thin(latent, stride, None if vae is None else reencode, channels)
+        thinned = thin(latent, stride, None if vae is None else reencode, channels, frames_a_latent)
         note = StrideNote.read(thinned)
         assert note is not None
         if 0 < low < SAFE_RATE:

@@ -103,15 +103,16 @@ class LatentFlowInterpolate(io.ComfyNode):
         length: int = 0,
     ) -> io.NodeOutput:
         estimate = _estimator(method, optical_flow)
-        note = note_for(latent, stride, length)
+        video = video_of(latent)
+        note = note_for(latent, stride, length, pixels.frames_a_latent(vae, video))
         device = mm.get_torch_device()
         if vae is None:
             no_images = ExecutionBlocker("Latent Flow Interpolate: connect vae to get images.")
             if note is not None:
-                _make_room(optical_flow, method, video_of(latent).shape, device)
+                _make_room(optical_flow, method, video.shape, device)
                 latent = restore_latents(latent, note, method, estimate, device, _progress())
             return io.NodeOutput(latent, no_images)
-        frames = pixels.decode(vae, video_of(latent))
+        frames = pixels.decode(vae, video, None if note is None else note.frames_a_latent)
         restored_latent: Any = latent
         if note is not None:
             _make_room(optical_flow, method, frames.movedim(-1, 1).shape, device)

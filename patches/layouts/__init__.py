@@ -10,6 +10,7 @@ from .layout import Layout, Stream, Unclear
 
 FAMILIES = (ltx.read,)
 STREAMS = (ltx.stream_of,)
+FRAMES_A_LATENT = (ltx.frames_a_latent,)
 
 UNKNOWN_MODEL = "UNKNOWN_MODEL"
 
@@ -30,6 +31,12 @@ def stream_of(diffusion_model: torch.nn.Module | None, noise_shape: tuple[int, .
     """The video tokens that sampling this noise takes; None if the model is unknown."""
     model = getattr(diffusion_model, "_orig_mod", diffusion_model)
     return next((stream for read in STREAMS if (stream := read(model, noise_shape)) is not None), None)
+
+
+def frames_a_latent(diffusion_model: torch.nn.Module | None) -> int | None:
+    """Video frames that a latent frame of this model holds; None if the model is unknown."""
+    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
+    return next((frames for read in FRAMES_A_LATENT if (frames := read(model)) is not None), None)
 
 
 def knows(diffusion_model: torch.nn.Module | None) -> bool:

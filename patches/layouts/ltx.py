@@ -219,6 +219,11 @@ def stream_of(model: Any, noise_shape: tuple[int, ...]) -> Stream | None:
     return Stream(len(blocks), noise_shape[0] * places * int(model.inner_dim), not _has_audio(blocks[0]))
 
 
+def frames_a_latent(model: Any) -> int | None:
+    """Video frames that a latent frame of this model holds; its first holds one."""
+    return int(model.vae_scale_factors[0]) if is_ltx(model) else None
+
+
 def _has_audio(block: torch.nn.Module) -> bool:
     return hasattr(block, "audio_ff")
 
