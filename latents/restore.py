@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management as mm
+import comfy.utils
 import torch
 
 from .cuts import MOST_OF_LATENTS
@@ -27,8 +29,21 @@ from .stride import (
 
 logger = logging.getLogger(__name__)
 
+# The longest clip, in video frames, that is asked for by hand.
+LONGEST = 16384
 # Called after every picture with how many are done and how many there will be.
 OnPicture = Callable[[int, int], None]
+
+
+def show_progress() -> OnPicture:
+    """ComfyUI's progress bar over the pictures. It also stops the work when the user interrupts."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def on_picture(done: int, total: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return on_picture
 
 
 def note_for(

@@ -1,10 +1,11 @@
-"""Fewer latent frames for the same seconds: lengths, the note that travels in a LATENT, thinning.
+"""Fewer latent frames for the same seconds: lengths, rates, the note that travels in a LATENT, thinning.
 
 Latent videos are [B, C, T, h, w]; the first latent frame holds one video frame, every other `frames_a_latent`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -15,7 +16,12 @@ import torch
 # What a LATENT is taken for while no note, VAE or MODEL says otherwise: all of LTX have made eight so far.
 FRAMES_A_LATENT = 8
 NOTE = "frame_thrift_stride"
-LARGEST_STRIDE = 8
+DEFAULT_STRIDE, LARGEST_STRIDE = 2, 8
+# Frames a second: the highest full rate, and a low one below which weights differ.
+HIGHEST_RATE = 1000.0
+SAFE_RATE = 20.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,18 @@ def low_rate(frame_rate: float, stride: int) -> float:
             "the conditioning gets."
         )
     return frame_rate / stride
+
+
+def warn_of_low_rate(rate: float, stride: int) -> None:
+    """`rate`: of the strided clip, 0 if it was not given."""
+    if 0 < rate < SAFE_RATE:
+        logger.warning(
+            "FrameThrift: keyframe stride %d makes %g frames a second. LTX-2 is made for 24 to 50; 48 or 50 down to "
+            "24 or 25 is safe, lower depends on the weights: compare one clip of the same seed and prompt with and "
+            "without stride before you rely on it.",
+            stride,
+            rate,
+        )
 
 
 def audio_frames(latent: dict[str, Any]) -> int:

@@ -1,20 +1,25 @@
 """Node KeyframeStride: the same seconds with fewer latent frames."""
 
-import logging
 from typing import Any
 
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..latents import pixels
-from ..latents.stride import LARGEST_STRIDE, StrideNote, low_rate, refuse_strided, thin, video_of
+from ..latents.stride import (
+    DEFAULT_STRIDE,
+    HIGHEST_RATE,
+    LARGEST_STRIDE,
+    StrideNote,
+    low_rate,
+    refuse_strided,
+    thin,
+    video_of,
+    warn_of_low_rate,
+)
 from ..patches import layouts
 from ..patches.keyframes import KeyframeTimes
 from ..patches.mount import mount, plan_of
-
-logger = logging.getLogger(__name__)
-
-SAFE_RATE = 20.0
 
 
 class KeyframeStride(io.ComfyNode):
@@ -46,7 +51,7 @@ class KeyframeStride(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "stride",
-                    default=2,
+                    default=DEFAULT_STRIDE,
                     min=1,
                     max=LARGEST_STRIDE,
                     tooltip=(
@@ -58,7 +63,7 @@ class KeyframeStride(io.ComfyNode):
                     "frame_rate",
                     default=0.0,
                     min=0.0,
-                    max=1000.0,
+                    max=HIGHEST_RATE,
                     step=0.01,
                     optional=True,
                     tooltip=(
@@ -113,13 +118,6 @@ class KeyframeStride(io.ComfyNode):
         thinned = thin(latent, stride, None if vae is None else reencode, channels, frames_a_latent)
         note = StrideNote.read(thinned)
         assert note is not None
-        if 0 < low < SAFE_RATE:
-            logger.warning(
-                "FrameThrift: keyframe stride %d makes %g frames a second. LTX-2 is made for 24 to 50; 48 or 50 down to "
-                "24 or 25 is safe, lower depends on the weights: compare one clip of the same seed and prompt with and "
-                "without stride before you rely on it.",
-                stride,
-                low,
-            )
+        warn_of_low_rate(low, stride)
         patched = mount(model, KeyframeTimes(stride, note.frames, note.strided_frames, frame_rate))
         return io.NodeOutput(patched, thinned, shown)
