@@ -1,1 +1,1 @@
-"""Pure transforms of LATENTs and of decoded frames."""
+"""What happens to LATENTs and to decoded frames: thinning, motion, in-betweening."""

@@ -12,7 +12,7 @@ import torch
 
 from .cuts import MOST, Cuts, Pairs
 from .motion import NUMBERS_AT_ONCE, blend, reduced_size
-from .stride import VIDEO_FRAMES
+from .stride import FRAMES_A_LATENT
 
 Estimate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LINEAR, SMOOTH = "linear", "smooth"
@@ -27,9 +27,10 @@ def frame_times(frames: int, stride: int = 1) -> torch.Tensor:
     return torch.arange(frames, dtype=torch.float64) * stride
 
 
-def latent_times(frames: int, stride: int = 1) -> torch.Tensor:
-    """The middle of each latent frame's video frames [T]; the first holds one, the others eight."""
-    return ((torch.arange(frames, dtype=torch.float64) * VIDEO_FRAMES - 3.5).clamp(min=0)) * stride
+def latent_times(frames: int, stride: int = 1, frames_a_latent: int = FRAMES_A_LATENT) -> torch.Tensor:
+    """The middle of each latent frame's video frames [T]; the first holds one, the others `frames_a_latent`."""
+    last = torch.arange(frames, dtype=torch.float64) * frames_a_latent
+    return (last - (frames_a_latent - 1) / 2).clamp(min=0) * stride
 
 
 def in_between(

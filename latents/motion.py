@@ -109,7 +109,7 @@ def estimate_motion(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def reduced(picture: torch.Tensor) -> torch.Tensor:
-    """The same picture with no more than WORKING_PIXELS."""
+    """The same picture with no more than about WORKING_PIXELS."""
     scale = _reduction(*picture.shape[-2:])
     return F.avg_pool2d(picture, scale, ceil_mode=True) if scale > 1 else picture
 

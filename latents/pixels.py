@@ -9,7 +9,7 @@ from typing import Any
 import comfy.model_management as mm
 import torch
 
-from .stride import VIDEO_FRAMES, video_frames
+from .stride import FRAMES_A_LATENT, video_frames
 
 # Pieces of the last resort, in pixels and video frames.
 TILE, OVERLAP = 256, 64
@@ -18,10 +18,25 @@ TILE_FRAMES, OVERLAP_FRAMES = 64, 8
 logger = logging.getLogger(__name__)
 
 
-def decode(vae: Any, video: torch.Tensor) -> torch.Tensor:
-    """Latent video [B, C, T, h, w] -> frames [B, F, H, W, 3] in 0..1. Raises ValueError for another family's VAE."""
-    refuse_another_family(vae, video)
-    space, time = vae.spacial_compression_decode(), vae.temporal_compression_decode()
+def frames_a_latent(vae: Any, video: torch.Tensor) -> int | None:
+    """Video frames that a latent frame of `vae` holds; None if it makes images, or none of the channels of `video`."""
+    fits = getattr(vae, "latent_channels", None) == video.shape[1]
+    return vae.temporal_compression_decode() if fits else None
+
+
+def decode(vae: Any, video: torch.Tensor, expected: int | None = None) -> torch.Tensor:
+    """Latent video [B, C, T, h, w] -> frames [B, F, H, W, 3] in 0..1.
+
+    expected: video frames a latent frame, None where only the VAE tells. Raises ValueError for another family's VAE.
+    """
+    time = frames_a_latent(vae, video)
+    if not time or time != (expected or time):
+        raise ValueError(
+            f"vae: expected one that makes {video.shape[1]} channels and one latent frame of {expected or FRAMES_A_LATENT} "
+            f"video frames, got {getattr(vae, 'latent_channels', None)} channels and "
+            f"{vae.temporal_compression_decode() or 'no'} video frames. Connect the VAE that belongs to the model."
+        )
+    space = vae.spacial_compression_decode()
 
     def in_pieces() -> torch.Tensor:
         tiles = {"tile_x": TILE // space, "tile_y": TILE // space, "overlap": OVERLAP // space}
@@ -29,10 +44,11 @@ def decode(vae: Any, video: torch.Tensor) -> torch.Tensor:
         return torch.cat([vae.decode_tiled(item, **tiles, **times) for item in video.split(1)])
 
     frames = _unless_memory_runs_out(lambda: vae.decode(video), in_pieces)
-    if frames.shape[1] != video_frames(video.shape[2]):
+    full = video_frames(video.shape[2], time)
+    if frames.shape[1] != full:
         raise ValueError(
-            f"vae: expected {video_frames(video.shape[2])} video frames from {video.shape[2]} latent frames, got "
-            f"{frames.shape[1]}. Connect the VAE that belongs to the model."
+            f"vae: expected {full} video frames from {video.shape[2]} latent frames, got {frames.shape[1]}. Connect the VAE "
+            "that belongs to the model."
         )
     return frames
 
@@ -48,16 +64,6 @@ def encode(vae: Any, frames: torch.Tensor) -> torch.Tensor:
         )
 
     return torch.cat([encoded(item[..., :3]) for item in frames])
-
-
-def refuse_another_family(vae: Any, video: torch.Tensor) -> None:
-    """Raises ValueError unless `vae` makes latents like `video`, each after the first from eight video frames."""
-    channels, times = getattr(vae, "latent_channels", None), vae.temporal_compression_decode()
-    if channels != video.shape[1] or times != VIDEO_FRAMES:
-        raise ValueError(
-            f"vae: expected one that makes {video.shape[1]} channels and one latent frame of {VIDEO_FRAMES} video frames, got "
-            f"{channels} channels and {times or 'no'} video frames. Connect the VAE that belongs to the model."
-        )
 
 
 def _unless_memory_runs_out(

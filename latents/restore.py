@@ -7,16 +7,19 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management as mm
+import comfy.utils
 import torch
 
 from .cuts import MOST_OF_LATENTS
 from .interpolate import Estimate, bad_frames, frame_times, in_between, latent_times
 from .stride import (
+    FRAMES_A_LATENT,
     LARGEST_STRIDE,
     NOTE,
-    VIDEO_FRAMES,
     StrideNote,
     has_guides,
+    latent_frames,
     mask_of,
     strided_length,
     video_frames,
@@ -26,18 +29,35 @@ from .stride import (
 
 logger = logging.getLogger(__name__)
 
+# The longest clip, in video frames, that is asked for by hand.
+LONGEST = 16384
 # Called after every picture with how many are done and how many there will be.
 OnPicture = Callable[[int, int], None]
 
 
-def note_for(latent: dict[str, Any], stride: int = 0, length: int = 0) -> StrideNote | None:
+def show_progress() -> OnPicture:
+    """ComfyUI's progress bar over the pictures. It also stops the work when the user interrupts."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def on_picture(done: int, total: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return on_picture
+
+
+def note_for(
+    latent: dict[str, Any], stride: int = 0, length: int = 0, frames_a_latent: int | None = None
+) -> StrideNote | None:
     """How to restore `latent`: from its note, or as given (length in video frames); None if it has its full length.
 
+    frames_a_latent: as the VAE tells, where one is there; a note of this clip knows better.
     Raises ValueError, naming the input, for a latent of which nothing tells, and for a length or stride that does not go
     with the latent's note or its length.
     """
     strided = video_of(latent).shape[2]
     found, note = StrideNote.found(latent), StrideNote.read(latent)
+    per_latent = note.frames_a_latent if note is not None else frames_a_latent or FRAMES_A_LATENT
     if note is not None and stride not in (0, note.stride):
         raise ValueError(
             f"stride: {stride} is set, but the latent was strided by {note.stride}: {note.frames} latent frames became "
@@ -65,7 +85,7 @@ def note_for(latent: dict[str, Any], stride: int = 0, length: int = 0) -> Stride
         raise ValueError("latent: it has a single latent frame, so there is nothing in between.")
     else:
         if length:
-            frames = (length - 1) // VIDEO_FRAMES + 1
+            frames = latent_frames(length, per_latent)
         else:
             frames = note.frames if note is not None else stride * (strided - 1) + 1
         if not stride:
@@ -77,19 +97,22 @@ def note_for(latent: dict[str, Any], stride: int = 0, length: int = 0) -> Stride
         )
     if stride > LARGEST_STRIDE:
         raise ValueError(
-            f"length: {video_frames(frames)} video frames from {strided} latent frames would be a stride of {stride}; "
-            f"{LARGEST_STRIDE} is the largest. Set stride too, or a shorter length."
+            f"length: {video_frames(frames, per_latent)} video frames from {strided} latent frames would be a stride of "
+            f"{stride}; {LARGEST_STRIDE} is the largest. Set stride too, or a shorter length."
         )
     if frames == strided:
         logger.info("FrameThrift: Latent Flow Interpolate: the latent has its full length already.")
         return None
     if strided_length(frames, stride) != strided:
-        raise ValueError(
-            f"length: {video_frames(frames)} video frames at stride {stride} make {strided_length(frames, stride)} "
-            f"latent frames, but the latent has {strided}. With this stride set length between "
-            f"{video_frames(stride * (strided - 2) + 2)} and {video_frames(stride * (strided - 1) + 1)}."
+        full, least, most = (
+            video_frames(length, per_latent)
+            for length in (frames, stride * (strided - 2) + 2, stride * (strided - 1) + 1)
         )
-    return StrideNote(stride, frames, strided)
+        raise ValueError(
+            f"length: {full} video frames at stride {stride} make {strided_length(frames, stride)} latent frames, but the "
+            f"latent has {strided}. With this stride set length between {least} and {most}."
+        )
+    return StrideNote(stride, frames, strided, frames_a_latent=per_latent)
 
 
 def restore_latents(
@@ -103,7 +126,8 @@ def restore_latents(
     """`latent` at its full length, its latent frames in between mixed as they are: a preview."""
     video = video_of(latent)
     _warn_of(bad_frames(video), "latent frame")
-    times, wanted = latent_times(note.strided_frames, note.stride), latent_times(note.frames)
+    times = latent_times(note.strided_frames, note.stride, note.frames_a_latent)
+    wanted = latent_times(note.frames, frames_a_latent=note.frames_a_latent)
     out = video.new_empty(*video.shape[:2], note.frames, *video.shape[3:])
     for place, picture in in_between(video, times, wanted, method, estimate, device, MOST_OF_LATENTS):
         out[:, :, place] = picture
@@ -120,7 +144,7 @@ def restore_frames(
     on_picture: OnPicture,
 ) -> torch.Tensor:
     """Low-rate frames [B, F', H, W, 3] -> frames [B, F, H, W, 3] at the full rate."""
-    total = video_frames(note.frames)
+    total = video_frames(note.frames, note.frames_a_latent)
     times, wanted = frame_times(frames.shape[1], note.stride), frame_times(total)
     out = frames.new_empty(frames.shape[0], total, *frames.shape[2:])
     clip = frames.movedim(-1, 1)

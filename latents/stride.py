@@ -1,20 +1,27 @@
-"""Fewer latent frames for the same seconds: lengths, the note that travels in a LATENT, thinning.
+"""Fewer latent frames for the same seconds: lengths, rates, the note that travels in a LATENT, thinning.
 
-Latent videos are [B, C, T, h, w]; the first latent frame holds one video frame, every other eight.
+Latent videos are [B, C, T, h, w]; the first latent frame holds one video frame, every other `frames_a_latent`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
-VIDEO_FRAMES = 8
+# What a LATENT is taken for while no note, VAE or MODEL says otherwise: all of LTX have made eight so far.
+FRAMES_A_LATENT = 8
 NOTE = "frame_thrift_stride"
-LARGEST_STRIDE = 8
+DEFAULT_STRIDE, LARGEST_STRIDE = 2, 8
+# Frames a second: the highest full rate, and a low one below which weights differ.
+HIGHEST_RATE = 1000.0
+SAFE_RATE = 20.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class StrideNote:
     """How a LATENT was thinned: `frames` latent frames became `strided_frames`.
 
     Sound hands the note on to whatever video joins it. So beside sound the note tells, too, how long that was and how
-    high and wide the video; 0 where there was none.
+    high and wide the video; 0 where there was none. Only what is not as the defaults say is written.
     """
 
     stride: int
@@ -31,6 +38,7 @@ class StrideNote:
     audio_frames: int = 0
     height: int = 0
     width: int = 0
+    frames_a_latent: int = FRAMES_A_LATENT
 
     @classmethod
     def found(cls, latent: dict[str, Any]) -> StrideNote | None:
@@ -62,7 +70,8 @@ class StrideNote:
         if audio:
             height, width = video_of(latent).shape[3:]
             note = replace(self, audio_frames=audio, height=height, width=width)
-        return {**latent, NOTE: {name: value for name, value in asdict(note).items() if value}}
+        told = [field.name for field in fields(note) if getattr(note, field.name) != field.default]
+        return {**latent, NOTE: {name: getattr(note, name) for name in told}}
 
 
 def strided_length(frames: int, stride: int) -> int:
@@ -70,17 +79,24 @@ def strided_length(frames: int, stride: int) -> int:
     return math.ceil((frames - 1) / stride) + 1
 
 
-def guide_frames(frames: int, stride: int) -> torch.Tensor:
+def guide_frames(frames: int, stride: int, frames_a_latent: int = FRAMES_A_LATENT) -> torch.Tensor:
     """Which of a guide's `frames` video frames go with a strided clip: as many as the clip's part under it needs.
 
     A guide of T latent frames becomes one of strided_length(T), its last frame repeated where the stride overshoots.
     """
-    needed = video_frames(strided_length((frames - 1) // VIDEO_FRAMES + 1, stride))
+    strided = strided_length(latent_frames(frames, frames_a_latent), stride)
+    needed = video_frames(strided, frames_a_latent)
     return (torch.arange(max(needed, math.ceil(frames / stride))) * stride).clamp(max=frames - 1)
 
 
-def video_frames(latent_frames: int) -> int:
-    return VIDEO_FRAMES * (latent_frames - 1) + 1
+def video_frames(frames: int, frames_a_latent: int = FRAMES_A_LATENT) -> int:
+    """Video frames that so many latent frames hold."""
+    return frames_a_latent * (frames - 1) + 1
+
+
+def latent_frames(frames: int, frames_a_latent: int = FRAMES_A_LATENT) -> int:
+    """Latent frames of so many video frames; what fills no latent frame is cut off."""
+    return (frames - 1) // frames_a_latent + 1
 
 
 def low_rate(frame_rate: float, stride: int) -> float:
@@ -91,6 +107,18 @@ def low_rate(frame_rate: float, stride: int) -> float:
             "the conditioning gets."
         )
     return frame_rate / stride
+
+
+def warn_of_low_rate(rate: float, stride: int) -> None:
+    """`rate`: of the strided clip, 0 if it was not given."""
+    if 0 < rate < SAFE_RATE:
+        logger.warning(
+            "FrameThrift: keyframe stride %d makes %g frames a second. LTX-2 is made for 24 to 50; 48 or 50 down to "
+            "24 or 25 is safe, lower depends on the weights: compare one clip of the same seed and prompt with and "
+            "without stride before you rely on it.",
+            stride,
+            rate,
+        )
 
 
 def audio_frames(latent: dict[str, Any]) -> int:
@@ -151,14 +179,16 @@ def thin(
     stride: int,
     reencode: Callable[[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Tensor] | None = None,
     channels: int | None = None,
+    frames_a_latent: int | None = None,
 ) -> dict[str, Any]:
     """`latent` with every `stride`-th frame's worth of time, and the note of it. The input is not changed.
 
     An empty video stays empty; its first frame may hold an image and keeps it, with its mask. Other content has
     full-rate frames inside its latent frames: `reencode(video, thin_frames)` decodes it, lets `thin_frames` pick
     from the frames [B, F, H, W, 3], and encodes the rest. Raises ValueError where that is not given, for guides,
-    for strides that leave no clip, and for latents of other channels than the model's.
+    for strides that leave no clip, and for latents of other channels than the model's. None is for what nobody tells.
     """
+    per_latent = frames_a_latent or FRAMES_A_LATENT
     video, mask = video_of(latent), mask_of(latent)
     frames = video.shape[2]
     if channels is not None and video.shape[1] != channels:
@@ -169,12 +199,13 @@ def thin(
     if frames == 1:
         raise ValueError(
             "latent: it has a single latent frame, so there is nothing to skip. With this stride set a length of "
-            f"{video_frames(stride + 1)} video frames or more."
+            f"{video_frames(stride + 1, per_latent)} video frames or more."
         )
     if stride > frames - 1:
         raise ValueError(
-            f"stride: {stride} is too large for {frames} latent frames ({video_frames(frames)} video frames). "
-            f"Set it to {frames - 1} or less, or make the clip longer: {video_frames(stride + 1)} video frames."
+            f"stride: {stride} is too large for {frames} latent frames ({video_frames(frames, per_latent)} video "
+            f"frames). Set it to {frames - 1} or less, or make the clip longer: {video_frames(stride + 1, per_latent)} video "
+            "frames."
         )
     if StrideNote.read(latent) is not None:
         raise ValueError(
@@ -197,20 +228,21 @@ def thin(
         )
     elif reencode is None:
         raise ValueError(
-            "latent: it holds a video, and eight full-rate frames inside each latent frame cannot be thinned as they "
-            "are. Connect vae, so that it is decoded, thinned and encoded again, or connect an empty latent."
+            "latent: it holds a video, and the full-rate frames inside each latent frame cannot be thinned as they are. "
+            "Connect vae, so that it is decoded, thinned and encoded again, or connect an empty latent."
         )
     else:
-        picked = (torch.arange(video_frames(short)) * stride).clamp(max=video_frames(frames) - 1)
+        low, full = (video_frames(length, per_latent) for length in (short, frames))
+        picked = (torch.arange(low) * stride).clamp(max=full - 1)
         thinned = reencode(video, lambda pixels: pixels[:, picked.to(pixels.device)])
         if thinned.shape[2] != short:
             raise ValueError(
-                f"vae: expected {short} latent frames from {video_frames(short)} video frames, got {thinned.shape[2]}. "
+                f"vae: expected {short} latent frames from {low} video frames, got {thinned.shape[2]}. "
                 "Connect the VAE that belongs to the model."
             )
         thinned = torch.cat((video[:, :, :1], thinned[:, :, 1:].to(video)), dim=2)
     out = with_video(latent, thinned, None if mask is None else mask[:, :, kept])
-    return StrideNote(stride, frames, short).write(out)
+    return StrideNote(stride, frames, short, frames_a_latent=per_latent).write(out)
 
 
 def has_guides(mask: torch.Tensor | None) -> bool:

@@ -1,20 +1,25 @@
 """Node KeyframeStride: the same seconds with fewer latent frames."""
 
-import logging
 from typing import Any
 
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..latents import pixels
-from ..latents.stride import LARGEST_STRIDE, StrideNote, low_rate, refuse_strided, thin
+from ..latents.stride import (
+    DEFAULT_STRIDE,
+    HIGHEST_RATE,
+    LARGEST_STRIDE,
+    StrideNote,
+    low_rate,
+    refuse_strided,
+    thin,
+    video_of,
+    warn_of_low_rate,
+)
 from ..patches import layouts
 from ..patches.mount import mount, plan_of
 from ..patches.techniques.keyframe_stride import StretchedTimes
-
-logger = logging.getLogger(__name__)
-
-SAFE_RATE = 20.0
 
 
 class KeyframeStride(io.ComfyNode):
@@ -46,7 +51,7 @@ class KeyframeStride(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "stride",
-                    default=2,
+                    default=DEFAULT_STRIDE,
                     min=1,
                     max=LARGEST_STRIDE,
                     tooltip=(
@@ -58,7 +63,7 @@ class KeyframeStride(io.ComfyNode):
                     "frame_rate",
                     default=0.0,
                     min=0.0,
-                    max=1000.0,
+                    max=HIGHEST_RATE,
                     step=0.01,
                     optional=True,
                     tooltip=(
@@ -96,26 +101,23 @@ class KeyframeStride(io.ComfyNode):
                 model = mount(model, StretchedTimes(0, 0, stride=1))
             return io.NodeOutput(model, latent, shown)
         inner = getattr(model, "model", None)
-        if not layouts.knows(getattr(inner, "diffusion_model", None)):
+        diffusion_model = getattr(inner, "diffusion_model", None)
+        if not layouts.knows(diffusion_model):
             raise ValueError(
                 f"model: expected LTX-Video or LTX-2, got {type(inner).__name__}, whose frame times cannot be stretched. "
                 "Connect one of those, or set stride to 1."
             )
 
+        told = layouts.frames_a_latent(diffusion_model)
+        frames_a_latent = told or pixels.frames_a_latent(vae, video_of(latent))
+
         def reencode(video: Any, thin_frames: Any) -> Any:
-            return pixels.encode(vae, thin_frames(pixels.decode(vae, video)))
+            return pixels.encode(vae, thin_frames(pixels.decode(vae, video, frames_a_latent)))
 
         channels = getattr(getattr(inner, "latent_format", None), "latent_channels", None)
-        thinned = thin(latent, stride, None if vae is None else reencode, channels)
+        thinned = thin(latent, stride, None if vae is None else reencode, channels, frames_a_latent)
         note = StrideNote.read(thinned)
         assert note is not None
-        if 0 < low < SAFE_RATE:
-            logger.warning(
-                "FrameThrift: keyframe stride %d makes %g frames a second. LTX-2 is made for 24 to 50; 48 or 50 down to "
-                "24 or 25 is safe, lower depends on the weights: compare one clip of the same seed and prompt with and "
-                "without stride before you rely on it.",
-                stride,
-                low,
-            )
+        warn_of_low_rate(low, stride)
         patched = mount(model, StretchedTimes(note.frames, note.strided_frames, stride, frame_rate))
         return io.NodeOutput(patched, thinned, shown)

@@ -3,19 +3,13 @@
 from typing import Any
 
 import comfy.model_management as mm
-import comfy.utils
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..latents import flow, interpolate, pixels
-from ..latents.flow import RaftFlow
-from ..latents.interpolate import LINEAR, SMOOTH, Estimate
-from ..latents.motion import estimate_motion
-from ..latents.restore import note_for, restore_frames, restore_latents, restored
+from ..latents import pixels
+from ..latents.methods import METHODS, MOTION, estimate_for, make_room
+from ..latents.restore import LONGEST, note_for, restore_frames, restore_latents, restored, show_progress
 from ..latents.stride import LARGEST_STRIDE, video_of
-
-MOTION, OPTICAL_FLOW = "motion", "optical_flow"
-METHODS = (LINEAR, SMOOTH, MOTION, OPTICAL_FLOW)
 
 
 class LatentFlowInterpolate(io.ComfyNode):
@@ -42,7 +36,7 @@ class LatentFlowInterpolate(io.ComfyNode):
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
-                    default="motion",
+                    default=MOTION,
                     tooltip=(
                         "linear: mixes both neighbours; cheapest, ghosts where things move. smooth: the same with an "
                         "even flow of change. motion: moves things along, no model needed; still parts stay still; "
@@ -80,7 +74,7 @@ class LatentFlowInterpolate(io.ComfyNode):
                     "length",
                     default=0,
                     min=0,
-                    max=16384,
+                    max=LONGEST,
                     optional=True,
                     tooltip="Full length in video frames. 0 = from the latent's note, else as long as stride makes it.",
                     extra_dict={"advanced": True},
@@ -103,60 +97,22 @@ class LatentFlowInterpolate(io.ComfyNode):
         stride: int = 0,
         length: int = 0,
     ) -> io.NodeOutput:
-        estimate = _estimator(method, optical_flow)
-        note = note_for(latent, stride, length)
+        estimate = estimate_for(method, optical_flow)
+        video = video_of(latent)
+        note = note_for(latent, stride, length, pixels.frames_a_latent(vae, video))
         device = mm.get_torch_device()
         if vae is None:
             no_images = ExecutionBlocker("Latent Flow Interpolate: connect vae to get images.")
             if note is not None:
-                _make_room(optical_flow, method, video_of(latent).shape, device)
-                latent = restore_latents(latent, note, method, estimate, device, _progress())
+                make_room(method, optical_flow, video.shape, device)
+                latent = restore_latents(latent, note, method, estimate, device, show_progress())
             return io.NodeOutput(latent, no_images)
-        frames = pixels.decode(vae, video_of(latent))
+        frames = pixels.decode(vae, video, None if note is None else note.frames_a_latent)
         restored_latent: Any = latent
         if note is not None:
-            _make_room(optical_flow, method, frames.movedim(-1, 1).shape, device)
-            frames = restore_frames(frames, note, method, estimate, device, _progress())
+            make_room(method, optical_flow, frames.movedim(-1, 1).shape, device)
+            frames = restore_frames(frames, note, method, estimate, device, show_progress())
             restored_latent = restored(latent, note, pixels.encode(vae, frames)) if encode else None
         if note is not None and not encode:
             restored_latent = ExecutionBlocker("Latent Flow Interpolate: turn encode on to get a latent.")
         return io.NodeOutput(restored_latent, frames.flatten(0, 1))
-
-
-def _estimator(method: str, optical_flow: Any) -> Estimate | None:
-    """What tells the motion for `method`; raises before anything is computed if it is not there."""
-    if method != OPTICAL_FLOW:
-        return estimate_motion if method == MOTION else None
-    if optical_flow is None:
-        raise ValueError(
-            "optical_flow: method optical_flow needs a model here. Connect core's Load Optical Flow Model, or Thrift "
-            "Load Optical Flow on releases without it, with torchvision's raft_large or raft_small weights in "
-            "models/optical_flow/ (raft_large_C_T_SKHT_V2-ff5fadd5.pth is the usual file); or choose method motion, "
-            "which needs no model."
-        )
-    if not hasattr(getattr(optical_flow, "model", None), "update_block"):
-        raise ValueError(
-            "optical_flow: expected torchvision's RAFT from an optical flow loader, got "
-            f"{type(getattr(optical_flow, 'model', optical_flow)).__name__}."
-        )
-    return RaftFlow(optical_flow.model)
-
-
-def _make_room(optical_flow: Any, method: str, shape: tuple[int, ...], device: Any) -> None:
-    """Asks ComfyUI for what in-betweening a clip of this shape takes on the device."""
-    needed = interpolate.memory_used(shape)
-    if method == OPTICAL_FLOW:
-        mm.load_models_gpu([optical_flow], memory_required=needed + flow.memory_used(*shape[-2:]))
-    else:
-        mm.free_memory(needed + mm.extra_reserved_memory(), device)
-
-
-def _progress() -> Any:
-    """A progress bar over pictures that also stops when the user interrupts."""
-    bar = comfy.utils.ProgressBar(1)
-
-    def on_picture(done: int, total: int) -> None:
-        mm.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
-
-    return on_picture

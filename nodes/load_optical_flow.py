@@ -9,7 +9,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..latents.flow import build_raft
+from ..latents.raft import build_raft
 
 FOLDER = "optical_flow"
 

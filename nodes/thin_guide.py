@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..latents.stride import LARGEST_STRIDE, guide_frames
+from ..latents.stride import DEFAULT_STRIDE, LARGEST_STRIDE, guide_frames
 
 
 class ThriftThinGuide(io.ComfyNode):
@@ -22,7 +22,7 @@ class ThriftThinGuide(io.ComfyNode):
                 io.Image.Input("image", tooltip="The frames of the guide, at the full frame rate."),
                 io.Int.Input(
                     "stride",
-                    default=2,
+                    default=DEFAULT_STRIDE,
                     min=1,
                     max=LARGEST_STRIDE,
                     tooltip="The stride of Keyframe Stride. 1 changes nothing.",

@@ -16,7 +16,7 @@ ROOMS = {
     "latents": {"latents"},
 }
 FAMILY = re.compile(
-    r"LTXV|LTXAV|lightricks|attn1|attn2|transformer_blocks|keyframe_idxs|denoise_mask|latent_shapes"
+    r"LTXV|LTXAV|lightricks|attn1|attn2|transformer_blocks|keyframe_idxs|denoise_mask|latent_shapes|vae_scale_factors"
 )
 
 

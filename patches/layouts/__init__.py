@@ -9,9 +9,8 @@ from . import ltx
 from .layout import Layout, Stream, Unclear
 from .work import Work
 
-FAMILIES = (ltx.read,)
-STREAMS = (ltx.stream_of,)
-FLOPS = (ltx.flops,)
+# Each has `read`, and what else it can tell: `stream_of`, `frames_a_latent`, `flops`; None for models that it does not know.
+FAMILIES: tuple[Any, ...] = (ltx,)
 
 UNKNOWN_MODEL = "UNKNOWN_MODEL"
 
@@ -20,27 +19,39 @@ def read_layout(
     diffusion_model: torch.nn.Module, x: torch.Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]
 ) -> Layout | Unclear:
     """Read one forward of `diffusion_model` on latent `x`, by the first family that knows the model."""
-    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
-    for read in FAMILIES:
-        layout = read(model, x, options, conds)
-        if layout is not None:
-            return layout
-    return Unclear(UNKNOWN_MODEL)
+    layout: Layout | Unclear | None = _told("read", diffusion_model, x, options, conds)
+    return layout or Unclear(UNKNOWN_MODEL)
 
 
 def stream_of(diffusion_model: torch.nn.Module | None, noise_shape: tuple[int, ...]) -> Stream | None:
     """The video tokens that sampling this noise takes; None if the model is unknown."""
-    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
-    return next((stream for read in STREAMS if (stream := read(model, noise_shape)) is not None), None)
+    stream: Stream | None = _told("stream_of", diffusion_model, noise_shape)
+    return stream
+
+
+def frames_a_latent(diffusion_model: torch.nn.Module | None) -> int | None:
+    """Video frames that a latent frame of this model holds, except its first; None if the model is unknown."""
+    frames: int | None = _told("frames_a_latent", diffusion_model)
+    return frames
 
 
 def flops(diffusion_model: torch.nn.Module | None, work: Work) -> float | Unclear:
     """FLOPs of the transformer blocks of one forward for one cond: 2 a multiply-add, as PyTorch's counter has it."""
-    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
-    counts = (total for count in FLOPS if (total := count(model, work)) is not None)
-    return next(counts, Unclear(UNKNOWN_MODEL))
+    total: float | None = _told("flops", diffusion_model, work)
+    return Unclear(UNKNOWN_MODEL) if total is None else total
 
 
 def knows(diffusion_model: torch.nn.Module | None) -> bool:
     """Whether the model is of a family that has a file here."""
     return stream_of(diffusion_model, (1, 1, 1, 1, 1)) is not None
+
+
+def _told(question: str, diffusion_model: torch.nn.Module | None, *given: Any) -> Any:
+    """What the first family that knows the model answers; None if nobody does."""
+    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
+    for family in FAMILIES:
+        answer = getattr(family, question, None)
+        told = None if answer is None else answer(model, *given)
+        if told is not None:
+            return told
+    return None

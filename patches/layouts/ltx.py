@@ -29,7 +29,7 @@ ROLES = {
 }
 AUDIO, TEXT = "audio", "text"
 # The sub-modules of a block: whose tokens they compute, and whose tokens those look at.
-WORK = {
+PARTS = {
     "attn1": (VIDEO, VIDEO),
     "attn2": (VIDEO, TEXT),
     "ff": (VIDEO, VIDEO),
@@ -210,7 +210,7 @@ class LtxLayout(Layout):
         return Unclear(NO_FRAME_RATE) if rate is None else {"frame_rate": rate / factor}
 
     def seconds(self, clip_frames: int) -> float | Unclear:
-        rate, a_latent = self.frame_rate, frames_a_latent(self._model)
+        rate, a_latent = self.frame_rate, int(self._model.vae_scale_factors[0])
         return Unclear(NO_FRAME_RATE) if rate is None else (a_latent * (clip_frames - 1) + 1) / rate
 
     def sound_seconds(self) -> float | None:
@@ -278,11 +278,6 @@ def is_ltx(model: Any) -> bool:
     return any(base.__name__ in CLASS_NAMES for base in type(model).__mro__)
 
 
-def frames_a_latent(model: Any) -> int:
-    """Video frames that one latent frame holds, behind the first."""
-    return int(model.vae_scale_factors[0])
-
-
 def _cut(value: Any, rows: Ranges, total: int) -> Any:
     """Of something that a block is given for all its video tokens, what is for `rows`; anything else as it is.
 
@@ -335,6 +330,11 @@ def stream_of(model: Any, noise_shape: tuple[int, ...]) -> Stream | None:
     return Stream(len(blocks), noise_shape[0] * places * int(model.inner_dim), not _has_audio(blocks[0]))
 
 
+def frames_a_latent(model: Any) -> int | None:
+    """Video frames that a latent frame of this model holds; its first holds one."""
+    return int(model.vae_scale_factors[0]) if is_ltx(model) else None
+
+
 def flops(model: Any, work: Work) -> float | None:
     """FLOPs of the transformer blocks, as PyTorch's counter counts them; None if the model is unknown."""
     if not is_ltx(model):
@@ -342,7 +342,7 @@ def flops(model: Any, work: Work) -> float | None:
     count = {VIDEO: work.tokens.total, AUDIO: work.audio_tokens, TEXT: work.text_tokens}
     total = 0
     for index, block in zip(range(work.blocks), model.transformer_blocks, strict=True):
-        for name, (computed, seen) in WORK.items():
+        for name, (computed, seen) in PARTS.items():
             module = getattr(block, name, None)
             rows, keys = count[computed], count[seen]
             # Without audio the model skips whatever would compute it or look at it.
@@ -350,7 +350,7 @@ def flops(model: Any, work: Work) -> float | None:
                 continue
             for path, linear in module.named_modules():
                 if hasattr(linear, "in_features"):
-                    through = keys if path in OF_KEYS else rows
+                    through = keys if path.endswith(OF_KEYS) else rows
                     total += 2 * through * linear.in_features * linear.out_features
             if name in ROLES:
                 segments = work.segments.get((ROLES[name], index))
@@ -360,7 +360,7 @@ def flops(model: Any, work: Work) -> float | None:
 
 
 def _is_left_out(work: Work, block: int, name: str) -> bool:
-    whole = (block, VIDEO) in work.left_out and WORK[name][0] == VIDEO
+    whole = (block, VIDEO) in work.left_out and PARTS[name][0] == VIDEO
     return whole or ((block, PER_FRAME) in work.left_out and name in EACH_TOKEN)
 
 

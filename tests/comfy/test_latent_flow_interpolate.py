@@ -329,18 +329,18 @@ def test_room_is_asked_for_before_the_work(node, strided, vae, pack, monkeypatch
 
 @pytest.mark.parametrize("size", [(704, 1280), (1088, 1920), (64, 64), (22, 40)])
 def test_the_memory_that_raft_asks_for_covers_its_correlations(pack, size):
-    flow, motion = pack("latents.flow"), pack("latents.motion")
+    raft, motion = pack("latents.raft"), pack("latents.motion")
     picture = motion.reduced(torch.empty(1, 1, *size, device="meta"))
     assert picture[0, 0].numel() <= motion.WORKING_PIXELS
-    _, (height, width) = flow.working_size(*picture.shape[-2:])
-    assert 3 * 4 * (height // 8 * (width // 8)) ** 2 < flow.memory_used(*size) < 2 * 2**30
+    _, (height, width) = raft.working_size(*picture.shape[-2:])
+    assert 3 * 4 * (height // 8 * (width // 8)) ** 2 < raft.memory_used(*size) < 2 * 2**30
 
 
 def test_pictures_of_a_batch_do_not_see_each_other(pack):
     """Latents are shown to RAFT by the components of each pair alone."""
-    flow = pack("latents.flow")
+    raft = pack("latents.raft")
     a, b = (torch.randn(3, 16, 6, 7, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
-    together, alone = flow.three_components(a, b), flow.three_components(a[1:2], b[1:2])
+    together, alone = raft.three_components(a, b), raft.three_components(a[1:2], b[1:2])
     assert all(torch.allclose(x[1:2], y, atol=1e-5) for x, y in zip(together, alone, strict=True))
     assert together[0].shape == (3, 3, 6, 7) and together[0].min() >= 0 and together[1].max() <= 1
 

@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -444,7 +445,8 @@ class TestFewWords:
             def video_tokens(self):
                 return self.whole.video_tokens()
 
-        monkeypatch.setattr(layouts, "FAMILIES", (lambda *given: Short(ltx.read(*given)),))
+        family = SimpleNamespace(read=lambda *given: Short(ltx.read(*given)), stream_of=ltx.stream_of)
+        monkeypatch.setattr(layouts, "FAMILIES", (family,))
 
     def test_the_window_acts(self, windowed, last_run, pack):
         model = build_model()

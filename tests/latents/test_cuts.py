@@ -266,4 +266,4 @@ def estimator(pack, method):
     from torchvision.models.optical_flow import raft_small
 
     torch.manual_seed(0)
-    return pack("latents.flow").RaftFlow(raft_small(weights=None, progress=False).eval())
+    return pack("latents.raft").Raft(raft_small(weights=None, progress=False).eval())

@@ -73,7 +73,7 @@ def between(motion, a, b, t, estimate=None):
 def raft(pack):
     """The small RAFT of the test model, in place of torchvision's weights."""
     sys.modules["comfyui_tree"].load_tiny()
-    net = pack("latents.flow").RaftFlow(importlib.import_module("tiny_ltx.flow").load_flow().model)
+    net = pack("latents.raft").Raft(importlib.import_module("tiny_ltx.flow").load_flow().model)
     return lambda a, b: net(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1))
 
 

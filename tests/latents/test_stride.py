@@ -110,6 +110,41 @@ def test_a_video_is_decoded_thinned_and_encoded(stride):
     ]
 
 
+def test_a_video_of_another_number_of_frames_a_latent(stride):
+    """Nine latent frames of four: 33 video frames, of which seventeen stay."""
+    seen = []
+
+    def reencode(video, thin_frames):
+        seen.extend(thin_frames(torch.arange(33).view(1, 33, 1, 1, 1)).flatten().tolist())
+        return torch.ones(1, 128, 5, 2, 3)
+
+    video = {"samples": torch.ones(1, 128, 9, 2, 3)}
+    assert stride.thin(video, 2, reencode, frames_a_latent=4)[stride.NOTE]["strided_frames"] == 5
+    assert seen == list(range(0, 33, 2))
+    seen.clear()
+    with pytest.raises(ValueError, match="expected 4 latent frames from 13 video frames, got 5"):
+        stride.thin(video, 3, reencode, frames_a_latent=4)
+    assert seen == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 32, 32]
+
+
+def test_a_note_says_frames_a_latent_only_where_they_are_not_the_usual_ones(stride):
+    usual = {"stride": 3, "frames": 9, "strided_frames": 4}
+    assert stride.thin(empty(), 3, frames_a_latent=8)[stride.NOTE] == usual
+    thinned = stride.thin(empty(), 3, frames_a_latent=4)
+    assert thinned[stride.NOTE] == {**usual, "frames_a_latent": 4}
+    assert stride.StrideNote.read(thinned) == stride.StrideNote(3, 9, 4, frames_a_latent=4)
+    assert stride.StrideNote.read({**thinned, stride.NOTE: usual}).frames_a_latent == 8
+
+
+@pytest.mark.parametrize(
+    ("frames", "step", "words"),
+    [(1, 2, "single latent frame.* 9 video frames or more"), (3, 3, r"\(9 video frames\).* 13 video frames")],
+)
+def test_errors_count_video_frames_as_the_model_does(stride, frames, step, words):
+    with pytest.raises(ValueError, match=words):
+        stride.thin(empty(frames), step, frames_a_latent=4)
+
+
 @pytest.mark.parametrize(
     ("make", "step", "words"),
     [
@@ -237,6 +272,11 @@ def test_a_thinned_guide_covers_the_thinned_clip(pack, latent_frames, step):
     assert stride.guide_frames(1, step).tolist() == [0]
 
 
+def test_a_guide_for_latent_frames_of_four(stride):
+    # Eight latent frames hold 29 video frames; strided by three they are four, of 13.
+    assert stride.guide_frames(29, 3, 4).tolist() == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 28, 28]
+
+
 @pytest.mark.parametrize("rate", [float("nan"), float("inf"), -24.0])
 def test_what_is_no_frame_rate_is_an_error(stride, rate):
     with pytest.raises(ValueError, match="^frame_rate: "):
@@ -251,6 +291,26 @@ def test_what_is_no_frame_rate_is_an_error(stride, rate):
 def test_stride_and_length_by_hand(stride, restore, given_stride, length, frames):
     note = restore.note_for(empty(5), given_stride, length)
     assert note.frames == frames and note.strided_frames == 5
+
+
+@pytest.mark.parametrize(
+    ("given_stride", "length", "frames"), [(2, 0, 9), (0, 33, 9), (2, 29, 8), (3, 46, 12), (0, 36, 9)]
+)
+def test_length_by_hand_in_frames_of_another_vae(stride, restore, given_stride, length, frames):
+    note = restore.note_for(empty(5), given_stride, length, 4)
+    assert (note.frames, note.strided_frames, note.frames_a_latent) == (frames, 5, 4)
+    # A note of this clip knows better than the VAE that is connected.
+    noted = stride.StrideNote(note.stride, frames, 5, frames_a_latent=4).write(empty(5))
+    assert restore.note_for(noted, given_stride, length, 8) == note
+
+
+@pytest.mark.parametrize(
+    ("given_stride", "length", "words"),
+    [(2, 97, "97 video frames at stride 2 make 13 .*between 29 and 33"), (0, 801, "801 video frames .*of 50; 8 is")],
+)  # fmt: skip
+def test_a_length_of_another_vae_that_does_not_fit(restore, given_stride, length, words):
+    with pytest.raises(ValueError, match=words):
+        restore.note_for(empty(5), given_stride, length, 4)
 
 
 def test_a_length_that_does_not_fit_names_those_that_do(restore):
@@ -304,6 +364,15 @@ def test_latents_come_back_at_the_right_times(pack, restore, stride, method):
     expected = times(9).clamp(max=57).float() / 50
     assert torch.allclose(out["samples"][0, 0, :, 0, 0], expected, atol=1e-5)
     assert seen == [(i + 1, 9) for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("frames_a_latent", "middles"), [(4, [0, 2.5, 6.5, 10.5]), (8, [0, 4.5, 12.5, 20.5]), (1, [0, 1, 2, 3])]
+)
+def test_middles_of_latent_frames(pack, frames_a_latent, middles):
+    times = pack("latents.interpolate").latent_times
+    assert times(4, frames_a_latent=frames_a_latent).tolist() == middles
+    assert times(4, 3, frames_a_latent).tolist() == [3 * time for time in middles]
 
 
 @pytest.mark.parametrize("method", ["linear", "smooth", "motion"])

@@ -51,6 +51,14 @@ def test_subclasses_and_compiled_modules_are_known_and_others_are_not(read, pack
     assert unclear == pack("patches.layouts.layout").Unclear("UNKNOWN_MODEL")
 
 
+def test_frames_a_latent_are_what_the_model_says(pack):
+    frames_a_latent, known = pack("patches.layouts").frames_a_latent, model()
+    assert frames_a_latent(known) == frames_a_latent(model("ltxav")) == 8
+    known.vae_scale_factors = (4, 32, 32)
+    assert frames_a_latent(known) == frames_a_latent(SimpleNamespace(_orig_mod=known)) == 4
+    assert frames_a_latent(torch.nn.Linear(1, 1)) is frames_a_latent(None) is None
+
+
 def test_frames_of_plain_and_packed_latents(read):
     assert read(model(), video(3, 5, 7), {}, {}).video_tokens().offsets == (0, 35, 70, 105)
     shapes = [torch.Size((1, 128, 4, 2, 3)), torch.Size((1, 8, 24, 16))]

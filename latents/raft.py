@@ -47,7 +47,7 @@ def memory_used(height: int, width: int) -> int:
     return 4 * 4 * places**2 + 2**28
 
 
-class RaftFlow:
+class Raft:
     """Callable (a, b) -> flow [B, 2, H, W] between pictures [B, C, H, W] of any channels.
 
     Pictures of other than three channels are shown by their three strongest principal components.
