@@ -7,9 +7,11 @@ import torch
 
 from . import ltx
 from .layout import Layout, Stream, Unclear
+from .work import Work
 
 FAMILIES = (ltx.read,)
 STREAMS = (ltx.stream_of,)
+FLOPS = (ltx.flops,)
 
 UNKNOWN_MODEL = "UNKNOWN_MODEL"
 
@@ -30,6 +32,13 @@ def stream_of(diffusion_model: torch.nn.Module | None, noise_shape: tuple[int, .
     """The video tokens that sampling this noise takes; None if the model is unknown."""
     model = getattr(diffusion_model, "_orig_mod", diffusion_model)
     return next((stream for read in STREAMS if (stream := read(model, noise_shape)) is not None), None)
+
+
+def flops(diffusion_model: torch.nn.Module | None, work: Work) -> float | Unclear:
+    """FLOPs of the transformer blocks of one forward for one cond: 2 a multiply-add, as PyTorch's counter has it."""
+    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
+    counts = (total for count in FLOPS if (total := count(model, work)) is not None)
+    return next(counts, Unclear(UNKNOWN_MODEL))
 
 
 def knows(diffusion_model: torch.nn.Module | None) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from ..kernels.tokens import VideoTokens
 from .layout import NO_VIDEO, Layout, Role, Site, Stream, Unclear
+from .work import VIDEO, Work
 
 CLASS_NAMES = {"LTXVModel", "LTXAVModel"}
 
@@ -22,6 +23,19 @@ ROLES = {
     "audio_to_video_attn": Role.VIDEO_AUDIO,
     "video_to_audio_attn": Role.AUDIO_VIDEO,
 }
+AUDIO, TEXT = "audio", "text"
+# The sub-modules of a block: whose tokens they compute, and whose tokens those look at.
+WORK = {
+    "attn1": (VIDEO, VIDEO),
+    "attn2": (VIDEO, TEXT),
+    "ff": (VIDEO, VIDEO),
+    "audio_attn1": (AUDIO, AUDIO),
+    "audio_attn2": (AUDIO, TEXT),
+    "audio_ff": (AUDIO, AUDIO),
+    "audio_to_video_attn": (VIDEO, AUDIO),
+    "video_to_audio_attn": (AUDIO, VIDEO),
+}
+OF_KEYS = ("to_k", "to_v")
 
 # Options with which guiders (spatio-temporal guidance, multimodal guidance) switch parts of a pass off.
 RUN_VIDEO = "run_vx"
@@ -217,6 +231,30 @@ def stream_of(model: Any, noise_shape: tuple[int, ...]) -> Stream | None:
     places = math.prod(noise_shape[2:]) // (CHANNELS if len(noise_shape) == 3 else 1)
     blocks = model.transformer_blocks
     return Stream(len(blocks), noise_shape[0] * places * int(model.inner_dim), not _has_audio(blocks[0]))
+
+
+def flops(model: Any, work: Work) -> float | None:
+    """FLOPs of the transformer blocks, as PyTorch's counter counts them; None if the model is unknown."""
+    if not is_ltx(model):
+        return None
+    count = {VIDEO: work.tokens.total, AUDIO: work.audio_tokens, TEXT: work.text_tokens}
+    total = 0
+    for index, block in zip(range(work.blocks), model.transformer_blocks, strict=True):
+        for name, (computed, seen) in WORK.items():
+            module = getattr(block, name, None)
+            rows, keys = count[computed], count[seen]
+            # Without audio the model skips whatever would compute it or look at it.
+            if module is None or not rows or not keys or {(index, name), (index, computed)} & work.left_out:
+                continue
+            for path, linear in module.named_modules():
+                if hasattr(linear, "in_features"):
+                    through = keys if path in OF_KEYS else rows
+                    total += 2 * through * linear.in_features * linear.out_features
+            if name in ROLES:
+                segments = work.segments.get((ROLES[name], index))
+                pairs = rows * keys if segments is None else segments.pairs(range(rows))
+                total += 4 * pairs * module.to_q.out_features
+    return total
 
 
 def _has_audio(block: torch.nn.Module) -> bool:
