@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from .kernels.window import attend_window, visible_pairs
+from .kernels.segments import attend_batched
+from .kernels.window import window_segments
 from .layouts.layout import Role
 from .technique import Attend, AttentionCall, AttentionTechnique
 
@@ -53,10 +54,9 @@ class TemporalWindow(AttentionTechnique):
         return None
 
     def attend(self, call: AttentionCall, inner: Attend) -> torch.Tensor:
-        return attend_window(
-            call.q, call.k, call.v, call.mask, call.rows, call.tokens, self.window, self.sink_frames, inner
-        )
+        segments = window_segments(call.tokens, self.window, self.sink_frames)
+        return attend_batched(call.q, call.k, call.v, call.mask, call.rows, segments, inner)
 
     def cost(self, call: AttentionCall) -> float:
-        pairs = visible_pairs(call.tokens, self.window, self.sink_frames, call.rows)
-        return pairs / (len(call.rows) * call.tokens.total)
+        segments = window_segments(call.tokens, self.window, self.sink_frames)
+        return segments.pairs(call.rows) / (len(call.rows) * call.tokens.total)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-
-HEADS, WIDTH = 2, 8
+from plain_attention import HEADS, attend, tensors
 
 
 @pytest.fixture(scope="module")
@@ -20,22 +21,15 @@ def Tokens(pack):
     return pack("patches.kernels.tokens").VideoTokens
 
 
-def attend(q, k, v, mask):
-    """Plain attention in the dtype of its inputs, [B, N, C]."""
-    heads = [x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v)]
-    out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
-    return out.transpose(1, 2).flatten(2)
+@pytest.fixture(scope="module")
+def run(pack, kernel):
+    def run(tokens, window, sinks, q, k, v, mask=None, rows=None, path="attend_batched"):
+        rows = range(tokens.total) if rows is None else rows
+        segments = kernel.window_segments(tokens, window, sinks)
+        attend_by = getattr(pack("patches.kernels.segments"), path)
+        return attend_by(q[:, rows.start : rows.stop], k, v, mask, rows, segments, attend)
 
-
-def tensors(tokens, batch=1, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, tokens.total, HEADS * WIDTH)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
-
-
-def run(kernel, tokens, window, sinks, q, k, v, mask=None, rows=None):
-    rows = range(tokens.total) if rows is None else rows
-    return kernel.attend_window(q[:, rows.start : rows.stop], k, v, mask, rows, tokens, window, sinks, attend)
+    return run
 
 
 layouts = st.fixed_dictionaries(
@@ -51,40 +45,39 @@ layouts = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None)
 @given(layout=layouts, window=st.integers(1, 4), sinks=st.integers(0, 8), batch=st.integers(1, 2))
-def test_equals_the_definition(pack, layout, window, sinks, batch):
+def test_equals_the_definition(pack, run, layout, window, sinks, batch):
     kernel, tokens = pack("patches.kernels.window"), pack("patches.kernels.tokens").VideoTokens.grid(**layout)
     assume(2 * window + 1 < tokens.frames - tokens.anchors)
-    q, k, v = tensors(tokens, batch)
+    q, k, v = tensors(tokens.total, batch=batch)
     expected = kernel.attend_reference(q, k, v, HEADS, tokens, window, sinks)
-    torch.testing.assert_close(run(kernel, tokens, window, sinks, q, k, v), expected)
-    segments = kernel.window_segments(tokens, window, sinks)
-    plain = kernel.attend_segments(q, k, v, None, range(tokens.total), segments, attend)
+    torch.testing.assert_close(run(tokens, window, sinks, q, k, v), expected)
+    plain = run(tokens, window, sinks, q, k, v, path="attend_segments")
     torch.testing.assert_close(plain, expected)
 
 
 @pytest.mark.parametrize(
     ("frames", "window", "sinks"), [(40, 1, 1), (40, 1, 3), (26, 2, 1), (13, 4, 1), (61, 4, 2), (20, 1, 8)]
 )
-def test_long_clips_in_chunks_and_batches(kernel, Tokens, frames, window, sinks):
+def test_long_clips_in_chunks_and_batches(kernel, Tokens, run, frames, window, sinks):
     tokens = Tokens.grid(frames, 1, 2, guides=1)
-    q, k, v = tensors(tokens, batch=2)
+    q, k, v = tensors(tokens.total, batch=2)
     expected = kernel.attend_reference(q, k, v, HEADS, tokens, window, sinks)
-    torch.testing.assert_close(run(kernel, tokens, window, sinks, q, k, v), expected)
+    torch.testing.assert_close(run(tokens, window, sinks, q, k, v), expected)
 
 
 @pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("shape", [(9, 2, 3), (7, 3, 5)])
-def test_frames_outside_change_no_bit_and_frames_inside_do(kernel, Tokens, shape, sinks):
+def test_frames_outside_change_no_bit_and_frames_inside_do(Tokens, run, shape, sinks):
     tokens, window = Tokens.grid(*shape), 1
     per_frame = shape[1] * shape[2]
-    q, k, v = tensors(tokens, dtype=torch.float32)
-    before = run(kernel, tokens, window, sinks, q, k, v)
+    q, k, v = tensors(tokens.total, dtype=torch.float32)
+    before = run(tokens, window, sinks, q, k, v)
     for changed in range(tokens.frames):
         k2, v2 = k.clone(), v.clone()
         token = changed * per_frame + per_frame - 1
         k2[:, token] += 1.0
         v2[:, token] += 1.0
-        after = run(kernel, tokens, window, sinks, q, k2, v2)
+        after = run(tokens, window, sinks, q, k2, v2)
         for frame in range(tokens.frames):
             low = min(max(frame - window, 0), tokens.frames - 2 * window - 1)
             seen = low <= changed <= low + 2 * window or changed < sinks
@@ -92,43 +85,61 @@ def test_frames_outside_change_no_bit_and_frames_inside_do(kernel, Tokens, shape
             assert torch.equal(before[:, rows], after[:, rows]) is not seen, (changed, frame)
 
 
-def test_tokens_out_of_sight_may_be_nan(kernel, Tokens):
+def test_tokens_out_of_sight_may_be_nan(Tokens, run):
     tokens = Tokens.grid(12, 1, 2)
-    q, k, v = tensors(tokens)
+    q, k, v = tensors(tokens.total)
     k[:, 10:12] = v[:, 10:12] = torch.nan  # frame 5
-    out = run(kernel, tokens, 1, 1, q, k, v)
+    out = run(tokens, 1, 1, q, k, v)
     bad = {row // 2 for row in range(tokens.total) if out[0, row].isnan().any()}
     assert bad == {4, 5, 6}
 
 
-def test_guides_and_anchors_see_all_and_are_seen_by_all(kernel, Tokens):
+def test_guides_and_anchors_see_all_and_are_seen_by_all(Tokens, run):
     tokens = Tokens.grid(9, 1, 1, guides=2, anchors=1)
-    q, k, v = tensors(tokens)
-    before = run(kernel, tokens, 1, 0, q, k, v)
+    q, k, v = tensors(tokens.total)
+    before = run(tokens, 1, 0, q, k, v)
     for special in (0, 9, 10):
         v2 = v.clone()
         v2[:, special] += 1
-        assert (run(kernel, tokens, 1, 0, q, k, v2) != before).any(-1).all(), "seen by all"
+        assert (run(tokens, 1, 0, q, k, v2) != before).any(-1).all(), "seen by all"
     for far in range(1, 9):
         v2 = v.clone()
         v2[:, far] += 1
-        changed = (run(kernel, tokens, 1, 0, q, k, v2) != before).any(-1)[0]
+        changed = (run(tokens, 1, 0, q, k, v2) != before).any(-1)[0]
         assert changed[[0, 9, 10]].all(), "see all"
         assert not changed.all()
 
 
-def test_dropped_tokens_make_ragged_frames(kernel, Tokens):
+def test_dropped_tokens_make_ragged_frames(kernel, Tokens, run):
     tokens = Tokens((0, 3, 5, 5, 9, 10, 12, 14, 15), 17)
-    q, k, v = tensors(tokens)
+    q, k, v = tensors(tokens.total)
     expected = kernel.attend_reference(q, k, v, HEADS, tokens, 2, 1)
-    torch.testing.assert_close(run(kernel, tokens, 2, 1, q, k, v), expected)
+    torch.testing.assert_close(run(tokens, 2, 1, q, k, v), expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 4), min_size=5, max_size=12),
+    guides=st.integers(0, 2),
+    window=st.integers(1, 2),
+    sinks=st.integers(0, 2),
+)
+# Sizes that add up to so many frames of the middle one's size, with its neighbours of another one.
+@example(sizes=[2, 4, 3, 2, 2], guides=0, window=1, sinks=0)
+def test_ragged_frames_of_any_size(pack, kernel, run, sizes, guides, window, sinks):
+    assume(2 * window + 1 < len(sizes) and sum(sizes) + guides)
+    offsets = tuple(accumulate(sizes, initial=0))
+    tokens = pack("patches.kernels.tokens").VideoTokens(offsets, offsets[-1] + guides)
+    q, k, v = tensors(tokens.total)
+    expected = kernel.attend_reference(q, k, v, HEADS, tokens, window, sinks)
+    torch.testing.assert_close(run(tokens, window, sinks, q, k, v), expected)
 
 
 @pytest.mark.parametrize("mask_rows", ["none", "one", "all"])
 @pytest.mark.parametrize("rows", [range(22), range(20), range(4, 13), range(20, 22)])
-def test_masks_and_query_slices(kernel, Tokens, rows, mask_rows):
+def test_masks_and_query_slices(kernel, Tokens, run, rows, mask_rows):
     tokens = Tokens.grid(10, 1, 2, guides=2)
-    q, k, v = tensors(tokens)
+    q, k, v = tensors(tokens.total)
     generator = torch.Generator().manual_seed(5)
     bias = torch.randn(
         1, 1, tokens.total if mask_rows == "all" else 1, tokens.total, generator=generator
@@ -136,63 +147,34 @@ def test_masks_and_query_slices(kernel, Tokens, rows, mask_rows):
     if mask_rows == "none":
         bias = torch.zeros_like(bias)
     mask = {"none": None, "one": bias, "all": bias[:, :, rows.start : rows.stop]}[mask_rows]
-    out = run(kernel, tokens, 1, 1, q, k, v, mask, rows)
+    out = run(tokens, 1, 1, q, k, v, mask, rows)
     segments = kernel.window_segments(tokens, 1, 1)
     visible = torch.full((tokens.total, tokens.total), -torch.inf, dtype=torch.float64)
-    for segment in segments:
+    for segment in segments.parts:
         for a, b in segment.keys:
             visible[segment.start : segment.stop, a:b] = 0
     expected = attend(q, k, v, bias + visible)[:, rows.start : rows.stop]
     torch.testing.assert_close(out, expected)
 
 
-def test_batch_items_do_not_see_each_other(kernel, Tokens):
+def test_batch_items_do_not_see_each_other(Tokens, run):
     tokens = Tokens.grid(9, 2, 2, guides=3)
-    q, k, v = tensors(tokens, batch=2)
-    both = run(kernel, tokens, 1, 1, q, k, v)
+    q, k, v = tensors(tokens.total, batch=2)
+    both = run(tokens, 1, 1, q, k, v)
     k[1], v[1] = torch.nan, torch.nan
-    assert torch.equal(run(kernel, tokens, 1, 1, q, k, v)[0], both[0])
+    assert torch.equal(run(tokens, 1, 1, q, k, v)[0], both[0])
 
 
 def test_every_pair_is_counted(kernel, Tokens):
     tokens = Tokens.grid(16, 2, 2)
-    assert kernel.visible_pairs(tokens, 1, 0, range(tokens.total)) == 64 * 3 * 4
-    assert kernel.visible_pairs(tokens, 1, 0, range(8)) == 8 * 3 * 4
+    pairs = kernel.window_segments(tokens, 1, 0).pairs
+    assert pairs(range(tokens.total)) == 64 * 3 * 4
+    assert pairs(range(8)) == 8 * 3 * 4
     # Frames 0 and 1 hold the sink in their window; the other 14 see one frame more.
-    assert kernel.visible_pairs(tokens, 1, 1, range(tokens.total)) == (16 * 3 + 14) * 16
+    assert kernel.window_segments(tokens, 1, 1).pairs(range(tokens.total)) == (16 * 3 + 14) * 16
 
 
-@pytest.mark.parametrize(
-    ("window", "sinks", "guides"), [(1, 1, 0), (1, 8, 4), (4, 2, 0), (8, 0, 0), (8, 3, 2)]
-)
-def test_memory_of_copies_and_views_is_bounded(kernel, Tokens, window, sinks, guides):
-    tokens = Tokens.grid(90, 1, 2, guides=guides)
-    q, k, v = tensors(tokens)
-    row = k.shape[-1] * k.element_size()
-    period = (2 * window + 1 + sinks) * 2 + guides
-    viewed, stored = [], []
-
-    def watching(q, k, v, mask):
-        viewed.append(k.shape[0] * k.shape[1])
-        stored.append(k.untyped_storage().nbytes() // row)
-        return attend(q, k, v, mask)
-
-    kernel.attend_window(q, k, v, None, range(tokens.total), tokens, window, sinks, watching)
-    assert max(viewed) <= 8 * tokens.total
-    assert max(stored) <= max(2 * tokens.total, 2 * period) + period
-
-
-def test_attention_calls_stay_few(kernel, Tokens):
-    calls = []
-
-    def counting(q, k, v, mask):
-        calls.append(q.shape[0])
-        return attend(q, k, v, mask)
-
-    tokens = Tokens.grid(61, 1, 2)
-    q, k, v = tensors(tokens)
-    kernel.attend_window(q, k, v, None, range(tokens.total), tokens, 2, 0, counting)
-    assert len(calls) == 3
-    calls.clear()
-    kernel.attend_window(q, k, v, None, range(tokens.total), tokens, 2, 1, counting)
-    assert len(calls) <= 3 + 2 * 5
+def test_the_same_settings_give_the_same_object(kernel, Tokens):
+    segments = kernel.window_segments(Tokens.grid(9, 1, 2), 1, 1)
+    assert kernel.window_segments(Tokens.grid(9, 1, 2), 1, 1) is segments
+    assert kernel.window_segments(Tokens.grid(9, 1, 2), 1, 0) != segments
