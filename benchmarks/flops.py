@@ -2,8 +2,9 @@
 
     python benchmarks/flops.py
 
-Runs one forward of the real LTXAVModel on the meta device through the node on a real ModelPatcher, under
-PyTorch's FLOP counter, and writes flops.json and flops.md beside this file.
+Prices one forward of the real LTXAVModel by what the technique behind the node says it costs, and checks that by
+running it on the meta device, on a real ModelPatcher, under PyTorch's FLOP counter. Writes flops.json and flops.md
+beside this file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from runtime import PACK  # isort: split
 import ltx2
 import torch
 from comfyui_version import __version__ as comfyui_version
-from price import count
+from price import count, priced
 
 WINDOWS = [(window, sink) for window in (1, 2, 4) for sink in (0, 1)]
 
@@ -33,17 +34,27 @@ def count_whole(shallow: Any, deep: Any, clip: ltx2.Clip) -> tuple[float, float]
 
 def main() -> None:
     node = importlib.import_module(f"{PACK}.nodes").ApplyTemporalWindow
+    plan_of = importlib.import_module(f"{PACK}.patches.mount").plan_of
     settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": 0}
-    models = [ltx2.build_ltx2("meta", blocks=blocks) for blocks in (1, 2)]
-    rows = []
+    shallow, deep, whole = (ltx2.build_ltx2("meta", blocks=blocks) for blocks in (1, 2, ltx2.BLOCKS))
+    rows, deviations = [], []
+
+    def price(clip: ltx2.Clip, **inputs: int) -> tuple[float, float]:
+        one, two, all_blocks = (
+            node.execute(model, **inputs, **settings).args[0] if inputs else model
+            for model in (shallow, deep, whole)
+        )
+        ours = priced(all_blocks, clip, plan_of(all_blocks), PACK)
+        counted = count_whole(one, two, clip)
+        deviations.extend(abs(a / b - 1) for a, b in zip(ours, counted, strict=True))
+        return ours
+
     for clip in ltx2.CLIPS:
-        total, attention = count_whole(*models, clip)
+        total, attention = price(clip)
         row: dict[str, Any] = {"clip": clip.name, "grid": clip.grid, "dense_tflop": total / 1e12}
         row["attention_share"] = attention / total
         for window, sink in WINDOWS:
-            setting = {"window": window, "sink_frames": sink, **settings}
-            patched = [node.execute(model, **setting).args[0] for model in models]
-            ours, ours_attention = count_whole(*patched, clip)
+            ours, ours_attention = price(clip, window=window, sink_frames=sink)
             row[f"window {window} sink {sink}"] = {
                 "step": ours / total,
                 "attention": ours_attention / attention,
@@ -54,6 +65,7 @@ def main() -> None:
     (HERE / "flops.json").write_text(json.dumps(report, indent=1) + "\n")
     (HERE / "flops.md").write_text(table(rows))
     print(table(rows))
+    print(f"Priced and counted figures deviate by {max(deviations):.1e} at most.")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

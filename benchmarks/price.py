@@ -1,9 +1,10 @@
-"""FLOPs of one forward at LTX-2 size, counted through the nodes on the meta device."""
+"""FLOPs of one forward at LTX-2 size: priced by what the techniques say they cost, or counted on the meta device."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache, reduce
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,29 @@ from torch.utils.flop_counter import FlopCounterMode
 ACTING = {"start_percent": 0.0, "end_percent": 1.0, "refresh_every": 2, "forecast": "hold"}
 
 Nodes = Sequence[tuple[str, dict[str, Any]]]
+
+
+def priced(model: Any, clip: ltx2.Clip, plan: Iterable[Any], pack: str) -> tuple[float, float]:
+    """(all, attention) FLOPs of one forward in which every technique of `plan` acts, without computing it."""
+    kernels, layouts = (importlib.import_module(f"{pack}.patches.{room}") for room in ("kernels", "layouts"))
+    module = model.model.diffusion_model
+    blocks = len(module.transformer_blocks)
+    tokens = kernels.tokens.VideoTokens.grid(*clip.grid)
+    dense = layouts.work.Work(tokens, blocks, ltx2.TEXT_TOKENS, clip.audio_frames)
+    work = reduce(lambda work, technique: technique.cost(work), plan, dense)
+    inside = layouts.flops(module, work)
+    # Where nobody sees anybody, linear layers are all that is left.
+    nobody = kernels.segments.Segments((kernels.segments.Segment(0, tokens.total, ()),), tokens.total)
+    for block in range(blocks):
+        for role in layouts.layout.Role:
+            work = work.with_segments(role, block, nobody)
+    return beside_blocks(clip, pack) + inside, inside - layouts.flops(module, work)
+
+
+@cache
+def beside_blocks(clip: ltx2.Clip, pack: str) -> float:
+    """FLOPs of one forward outside the transformer blocks."""
+    return count(ltx2.build_ltx2("meta", blocks=0), clip, pack)[0]
 
 
 def flops_of_split(q: torch.Size, k: torch.Size, *_: Any, **__: Any) -> int:
@@ -63,7 +87,7 @@ def count(model: Any, clip: ltx2.Clip, pack: str) -> tuple[float, float]:
 
 
 class PriceList:
-    """Counts forwards and remembers them in `known`: clip name, then the nodes that act, to FLOPs.
+    """Prices forwards and remembers them in `known`: clip name, then the nodes that act, to FLOPs.
 
     Blocks at the edges cost something else than blocks in the middle, so the model is as deep as the tiny one,
     and its blocks count `ltx2.BLOCKS` / `blocks` times: one dense block of 8 stands for 6 of 48.
@@ -71,7 +95,6 @@ class PriceList:
 
     def __init__(self, pack: str, blocks: int, known: dict[str, dict[str, float]]) -> None:
         self.pack, self.blocks, self.known = pack, blocks, known
-        self.models: dict[int, Any] = {}
 
     def vae(self, clip: ltx2.Clip, work: str) -> float:
         """FLOPs to "decode" or "encode" this clip; audio is not part of it."""
@@ -88,16 +111,12 @@ class PriceList:
         key = " + ".join(f"{name} {shown(inputs)}" for name, inputs in acting) or "dense"
         prices = self.known.setdefault(clip.name, {})
         if key not in prices:
-            one, two = (count(self.model(blocks), clip, self.pack)[0] for blocks in (1, 2))
-            beside_blocks = 2 * one - two
-            whole = count(patch(self.pack, self.model(self.blocks), acting), clip, self.pack)[0]
-            prices[key] = beside_blocks + (whole - beside_blocks) * ltx2.BLOCKS / self.blocks
+            model = patch(self.pack, ltx2.build_ltx2("meta", blocks=self.blocks), acting)
+            plan = importlib.import_module(f"{self.pack}.patches.mount").plan_of(model)
+            whole, _ = priced(model, clip, plan, self.pack)
+            beside = beside_blocks(clip, self.pack)
+            prices[key] = beside + (whole - beside) * ltx2.BLOCKS / self.blocks
         return prices[key]
-
-    def model(self, blocks: int) -> Any:
-        if blocks not in self.models:
-            self.models[blocks] = ltx2.build_ltx2("meta", blocks=blocks)
-        return self.models[blocks]
 
 
 def count_vae(clip: ltx2.Clip) -> dict[str, float]:

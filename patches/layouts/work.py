@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+from ..kernels.segments import Segments
 from ..kernels.tokens import VideoTokens
 from .layout import Role
-
-if TYPE_CHECKING:
-    from ..kernels.segments import Segments
 
 # The part of a block that stands for everything it computes for the video tokens.
 VIDEO = "video"

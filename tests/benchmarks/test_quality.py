@@ -10,17 +10,6 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="module")
-def bench(pack):
-    """Imports a module of benchmarks/."""
-    import importlib
-
-    sys.modules["comfyui_tree"].load_tiny()
-    sys.path.append(str(pack.root / "benchmarks"))
-    yield importlib.import_module
-    sys.path.remove(str(pack.root / "benchmarks"))
-
-
 def test_uniform_steps_are_the_shifted_ones(bench):
     rows, model = bench("rows"), bench("tiny_ltx.model")
     own = model.TEACHER_RECIPE.sigmas

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import comfy.nested_tensor
@@ -14,25 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 FRAMES, PER_FRAME, AUDIO = 9, 6, 11
 SIGMAS = torch.linspace(1, 0, 5)
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-@dataclass(frozen=True)
-class Segment:
-    start: int
-    stop: int
-    keys: tuple
-
-
-@dataclass(frozen=True)
-class Segments:
-    parts: tuple
-    total: int
-
-    def pairs(self, rows):
-        return sum(
-            max(0, min(s.stop, rows.stop) - max(s.start, rows.start)) * sum(b - a for a, b in s.keys)
-            for s in self.parts
-        )
 
 
 def flops_of_flash(q, k, *_, **__):
@@ -96,9 +76,13 @@ def agree(pack):
 
 @pytest.fixture
 def windowed(pack):
-    settings = {"window": 1, "start_percent": 0.0, "end_percent": 1.0, "dense_blocks": 0}
+    settings = {"window": 1, "start_percent": 0.0, "end_percent": 1.0}
     node = pack("nodes").ApplyTemporalWindow
-    return lambda model, sinks: node.execute(model, sink_frames=sinks, **settings).args[0]
+
+    def patched(model, sinks, dense_blocks=0):
+        return node.execute(model, sink_frames=sinks, dense_blocks=dense_blocks, **settings).args[0]
+
+    return patched
 
 
 @pytest.fixture
@@ -118,44 +102,54 @@ def seen_from(frame, window, sinks, frames=FRAMES):
     return sorted({*range(low, low + 2 * window + 1), *range(sinks)})
 
 
-def of_frames(seen, guides=0):
-    """Segments of one frame each; guides behind the frames see everything and are seen by everyone."""
-    frames, total = len(seen), (len(seen) + guides) * PER_FRAME
+@pytest.fixture
+def self_attention(pack):
+    """Changes a work so that every frame of every block sees the frames `seen[frame]` and the guides, and these all."""
+    kernel = pack("patches.kernels.segments")
+    role = pack("patches.layouts.layout").Role.VIDEO_SELF
 
     def tokens(frame):
         return frame * PER_FRAME, (frame + 1) * PER_FRAME
 
-    behind = [(frames * PER_FRAME, total)] if guides else []
-    parts = [Segment(*tokens(t), tuple([*map(tokens, seen[t]), *behind])) for t in range(frames)]
-    parts += [Segment(*guide, ((0, total),)) for guide in behind]
-    return Segments(tuple(parts), total)
+    def changed(seen):
+        clip, total = len(seen), FRAMES * PER_FRAME
+        guides = [tokens(frame) for frame in range(clip, FRAMES)]
+        parts = [kernel.Segment(*tokens(t), (*map(tokens, seen[t]), *guides)) for t in range(clip)]
+        parts += [kernel.Segment(*guide, ((0, total),)) for guide in guides]
+        segments = kernel.Segments(tuple(parts), total)
+        return lambda work, block: work.with_segments(role, block, segments)
 
-
-@pytest.fixture
-def self_attention(pack):
-    """`self_attention(segments)`: the change of a work by which every block's video sees itself so."""
-    role = pack("patches.layouts.layout").Role.VIDEO_SELF
-    return lambda segments: lambda work, block: work.with_segments(role, block, segments)
+    return changed
 
 
 @pytest.mark.parametrize("family", FORMS)
 @pytest.mark.parametrize("sinks", [0, 1])
 def test_window(family, sinks, agree, windowed, self_attention):
-    segments = of_frames([seen_from(t, 1, sinks) for t in range(FRAMES)])
-    ours = agree(family, lambda model: windowed(model, sinks), self_attention(segments))
+    see = self_attention([seen_from(t, 1, sinks) for t in range(FRAMES)])
+    ours = agree(family, lambda model: windowed(model, sinks), see)
     assert ours < agree(family)
+
+
+def test_a_window_in_one_block_of_three(pack, windowed, self_attention):
+    layouts, Work = pack("patches.layouts"), pack("patches.layouts.work").Work
+    model = build_model("ltxav")
+    dense = Work(pack("patches.kernels.tokens").VideoTokens.grid(FRAMES, 2, 3), 3, TEXT_TOKENS, AUDIO)
+    narrow = self_attention([seen_from(t, 1, 1) for t in range(FRAMES)])(dense, 1)
+    by_counter = [counted(patcher, "ltxav", True) for patcher in (model, windowed(model, 1, dense_blocks=1))]
+    by_work = [layouts.flops(model.model.diffusion_model, work) for work in (dense, narrow)]
+    assert by_work[0] - by_work[1] == by_counter[0] - by_counter[1] > 0
 
 
 def test_window_with_guides(agree, windowed, self_attention):
     values = {"keyframe_idxs": torch.zeros(1, 3, PER_FRAME, 2)}
-    segments = of_frames([seen_from(t, 1, 1, FRAMES - 1) for t in range(FRAMES - 1)], guides=1)
+    see = self_attention([seen_from(t, 1, 1, FRAMES - 1) for t in range(FRAMES - 1)])
     given = {
         "guides": 1,
         "positive": conditioning(**values),
         "negative": conditioning(seed=7, **values),
         "noise_mask": torch.ones(1, 1, FRAMES, 1, 1),
     }
-    ours = agree("ltxv", lambda model: windowed(model, 1), self_attention(segments), **given)
+    ours = agree("ltxv", lambda model: windowed(model, 1), see, **given)
     assert ours < agree("ltxv", **given)
 
 
@@ -175,13 +169,13 @@ def test_freeze(family, scope, parts, agree, frozen):
 
 @pytest.mark.parametrize("family", FORMS)
 def test_freeze_of_the_share_within_a_frame(family, agree, frozen, self_attention):
-    segments = of_frames([sorted({*range(FRAMES)} - {t}) for t in range(FRAMES)])
-    ours = agree(family, lambda model: frozen(model, "spatial attention"), self_attention(segments))
+    see = self_attention([sorted({*range(FRAMES)} - {t}) for t in range(FRAMES)])
+    ours = agree(family, lambda model: frozen(model, "spatial attention"), see)
     assert ours < agree(family)
 
 
 def test_freeze_under_the_window(agree, windowed, frozen, self_attention):
-    see = self_attention(of_frames([seen_from(t, 1, 1) for t in range(FRAMES)]))
+    see = self_attention([seen_from(t, 1, 1) for t in range(FRAMES)])
 
     def change(work, block):
         return see(work.without(block, "attn2").without(block, "ff"), block)
