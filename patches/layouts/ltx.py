@@ -25,7 +25,7 @@ ROLES = {
 }
 AUDIO, TEXT = "audio", "text"
 # The sub-modules of a block: whose tokens they compute, and whose tokens those look at.
-WORK = {
+PARTS = {
     "attn1": (VIDEO, VIDEO),
     "attn2": (VIDEO, TEXT),
     "ff": (VIDEO, VIDEO),
@@ -240,7 +240,7 @@ def flops(model: Any, work: Work) -> float | None:
     count = {VIDEO: work.tokens.total, AUDIO: work.audio_tokens, TEXT: work.text_tokens}
     total = 0
     for index, block in zip(range(work.blocks), model.transformer_blocks, strict=True):
-        for name, (computed, seen) in WORK.items():
+        for name, (computed, seen) in PARTS.items():
             module = getattr(block, name, None)
             rows, keys = count[computed], count[seen]
             # Without audio the model skips whatever would compute it or look at it.
@@ -248,7 +248,7 @@ def flops(model: Any, work: Work) -> float | None:
                 continue
             for path, linear in module.named_modules():
                 if hasattr(linear, "in_features"):
-                    through = keys if path in OF_KEYS else rows
+                    through = keys if path.endswith(OF_KEYS) else rows
                     total += 2 * through * linear.in_features * linear.out_features
             if name in ROLES:
                 segments = work.segments.get((ROLES[name], index))
