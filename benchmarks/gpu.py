@@ -116,6 +116,7 @@ def prepared(model: Any, clip: ltx2.Clip, setting: Setting) -> tuple[Any, ltx2.C
 
 def check_kernel() -> float:
     """Largest difference on this GPU between the fast path and the plain one, relative to the largest value."""
+    kernel = importlib.import_module(f"{PACK}.patches.kernels.segments")
     window = importlib.import_module(f"{PACK}.patches.kernels.window")
     tokens = importlib.import_module(f"{PACK}.patches.kernels.tokens").VideoTokens.grid(
         16, 22, 40, guides=880
@@ -128,8 +129,8 @@ def check_kernel() -> float:
     worst = 0.0
     for size, sinks in ((1, 0), (1, 1), (4, 2)):
         segments = window.window_segments(tokens, size, sinks)
-        plain = window.attend_segments(q, k, v, None, range(tokens.total), segments, attend)
-        fast = window.attend_window(q, k, v, None, range(tokens.total), tokens, size, sinks, attend)
+        plain = kernel.attend_segments(q, k, v, None, range(tokens.total), segments, attend)
+        fast = kernel.attend_batched(q, k, v, None, range(tokens.total), segments, attend)
         worst = max(worst, ((fast - plain).abs().max() / plain.abs().max()).item())
     return worst
 
