@@ -55,15 +55,16 @@ def count(model: Any, clip: ltx2.Clip, pack: str) -> tuple[float, float]:
     latent = ltx2.noise(clip, "meta").unbind()
     packed = torch.cat([part.flatten(1) for part in latent], dim=1)[:, None]
     options = {**model.model_options.get("transformer_options", {}), "wrappers": model.wrappers}
-    mount = importlib.import_module(f"{pack}.patches.mount")
-    if mount.PLAN in options:
+    wrappers, clock = (importlib.import_module(f"{pack}.patches.{name}") for name in ("wrappers", "clock"))
+    plan, run = wrappers.plan_in(options), None
+    if plan:
         # A schedule whose second step may reuse what the first left.
-        clock = mount.SigmaClock((1.0, 0.75, 0.5, 0.25, 0.0), lambda percent: 1 - percent)
-        options[mount.RUN] = mount.Run(options[mount.PLAN], clock)
+        schedule = clock.SigmaClock((1.0, 0.75, 0.5, 0.25, 0.0), lambda percent: 1 - percent)
+        run = options[wrappers.RUN] = wrappers.Run(plan, schedule)
 
     def forward(sigma: float) -> None:
-        if mount.RUN in options:
-            options[mount.RUN].count_evaluation()
+        if run is not None:
+            run.begin_step(torch.full((1,), sigma))
         model.model.apply_model(
             packed,
             torch.ones(1, device="meta"),
@@ -76,7 +77,7 @@ def count(model: Any, clip: ltx2.Clip, pack: str) -> tuple[float, float]:
     aten = torch.ops.aten
     split = aten._scaled_dot_product_flash_attention_for_cpu
     with torch.no_grad():
-        if mount.RUN in options:
+        if run is not None:
             forward(1.0)
         with FlopCounterMode(display=False, custom_mapping={split: flops_of_split}) as counter:
             forward(0.75)

@@ -340,23 +340,38 @@ def flops(model: Any, work: Work) -> float | None:
     if not is_ltx(model):
         return None
     count = {VIDEO: work.tokens.total, AUDIO: work.audio_tokens, TEXT: work.text_tokens}
+    # Blocks of these models are all alike.
+    sizes = _sizes(model.transformer_blocks[0])
     total = 0
-    for index, block in zip(range(work.blocks), model.transformer_blocks, strict=True):
-        for name, (computed, seen) in PARTS.items():
-            module = getattr(block, name, None)
-            rows, keys = count[computed], count[seen]
+    for block in range(work.blocks):
+        for name, (of_queries, of_keys, width) in sizes.items():
+            rows, keys = (count[tokens] for tokens in PARTS[name])
             # Without audio the model skips whatever would compute it or look at it.
-            if module is None or not rows or not keys or _is_left_out(work, index, name):
+            if not rows or not keys or _is_left_out(work, block, name):
                 continue
-            for path, linear in module.named_modules():
-                if hasattr(linear, "in_features"):
-                    through = keys if path.endswith(OF_KEYS) else rows
-                    total += 2 * through * linear.in_features * linear.out_features
+            total += 2 * (rows * of_queries + keys * of_keys)
             if name in ROLES:
-                segments = work.segments.get((ROLES[name], index))
-                pairs = rows * keys if segments is None else segments.pairs(range(rows))
-                total += 4 * pairs * module.to_q.out_features
+                segments = work.segments.get((ROLES[name], block))
+                total += 4 * width * (rows * keys if segments is None else segments.pairs(range(rows)))
     return total
+
+
+def _sizes(block: torch.nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Weights of a block's sub-modules that each query token goes through, each key token, and the width of attention."""
+    sizes = {}
+    for name in PARTS:
+        module = getattr(block, name, None)
+        if module is None:
+            continue
+        weights = {
+            path: linear.in_features * linear.out_features
+            for path, linear in module.named_modules()
+            if hasattr(linear, "in_features")
+        }
+        of_keys = sum(size for path, size in weights.items() if path.endswith(OF_KEYS))
+        width = module.to_q.out_features if name in ROLES else 0
+        sizes[name] = sum(weights.values()) - of_keys, of_keys, width
+    return sizes
 
 
 def _is_left_out(work: Work, block: int, name: str) -> bool:

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import comfy.ldm.modules.attention
 import pytest
 
 SCHEDULE = {"start_percent": 0.0, "end_percent": 1.0}
 WINDOW = "ApplyTemporalWindow", {"window": 1, "sink_frames": 1, "dense_blocks": 0, **SCHEDULE}
 FREEZE = {"refresh_every": 2, "forecast": "hold", **SCHEDULE}
-
-
-@dataclass
-class Costing:
-    """A technique as a price sees it."""
-
-    cost: Callable[[Any], Any]
 
 
 @pytest.fixture
@@ -47,47 +36,35 @@ def test_dense(blocks, prices, ltx2, clips, pack):
         assert prices.priced(model, clip, (), name) == prices.count(model, clip, name)
 
 
-@pytest.mark.parametrize("scope", ["per-frame work", "whole blocks"])
-def test_what_is_left_out(scope, prices, ltx2, clips, pack):
-    parts = ("attn2", "ff") if scope == "per-frame work" else ("video",)
+PATCHES = {
+    "per-frame work": [("ScheduleSpatialFreeze", {**FREEZE, "scope": "per-frame work"})],
+    "whole blocks": [("ScheduleSpatialFreeze", {**FREEZE, "scope": "whole blocks"})],
+    "spatial attention": [("ScheduleSpatialFreeze", {**FREEZE, "scope": "spatial attention"})],
+    "window": [WINDOW],
+    "window, per-frame work": [WINDOW, ("ScheduleSpatialFreeze", {**FREEZE, "scope": "per-frame work"})],
+}
 
-    def cost(work):
-        for block in range(work.blocks):
-            for part in parts:
-                work = work.without(block, part)
-        return work
 
+@pytest.mark.parametrize("nodes", PATCHES.values(), ids=PATCHES)
+def test_what_techniques_say_they_cost_is_what_they_cost(nodes, prices, ltx2, clips, pack, monkeypatch):
+    # The meta device has no attention that tells its log-sum-exp; the counter is told what it would cost.
+    freeze = pack("patches.techniques.spatial_freeze")
+    monkeypatch.setattr(freeze, "has_lse", lambda *_: True)
     model, name = ltx2.build_ltx2("meta", blocks=2), pack.module.__name__
-    frozen = prices.patch(name, model, [("ScheduleSpatialFreeze", {**FREEZE, "scope": scope})])
+    patched = prices.patch(name, model, nodes)
+    plan = pack("patches.mount").plan_of(patched)
     for clip in clips:
-        assert prices.priced(model, clip, [Costing(cost)], name) == prices.count(frozen, clip, name)
+        priced = prices.priced(patched, clip, plan, name)
+        assert priced == prices.count(patched, clip, name) != prices.priced(model, clip, (), name)
 
 
-def test_what_is_not_seen(prices, ltx2, clips, pack):
-    kernel, Role = pack("patches.kernels.segments"), pack("patches.layouts.layout").Role
-
-    def cost(work):
-        """The three nearest of five frames, and the first."""
-        (at, *_), total = work.tokens.offsets[1:], work.tokens.total
-        keys = (((0, 3 * at),), ((0, 4 * at),), ((0, at), (2 * at, 5 * at)))
-        stretches = ((0, 2), (2, 3), (3, 5))
-        parts = [kernel.Segment(a * at, b * at, k) for (a, b), k in zip(stretches, keys, strict=True)]
-        for block in range(work.blocks):
-            work = work.with_segments(Role.VIDEO_SELF, block, kernel.Segments(tuple(parts), total))
-        return work
-
-    model, name = ltx2.build_ltx2("meta", blocks=2), pack.module.__name__
-    windowed = prices.patch(name, model, [WINDOW])
-    for clip in clips:
-        assert prices.priced(model, clip, [Costing(cost)], name) == prices.count(windowed, clip, name)
-
-
-def test_costs_are_folded_in_the_order_of_the_plan(prices, ltx2, clips, pack):
-    def narrow(work):
-        assert (0, "ff") in work.left_out
-        return work.without(0, "attn2")
-
+def test_a_strided_clip_costs_what_the_short_one_does(prices, ltx2, clips, pack):
     model, name = ltx2.build_ltx2("meta", blocks=1), pack.module.__name__
-    plan = Costing(lambda work: work.without(0, "ff")), Costing(narrow)
-    both, _ = prices.priced(model, clips[0], plan, name)
-    assert both < prices.priced(model, clips[0], plan[:1], name)[0]
+    stride = pack("patches.techniques.keyframe_stride").StretchedTimes(5, 3, stride=2)
+    work = stride.cost(pack("patches.layouts.work").Work(tokens(pack, 5), 1, 7))
+    assert work.tokens == tokens(pack, 3) and stride.cost(work) == work
+    assert prices.priced(model, clips[0], [stride], name) < prices.priced(model, clips[0], (), name)
+
+
+def tokens(pack, frames):
+    return pack("patches.kernels.tokens").VideoTokens.grid(frames, 2, 3)
