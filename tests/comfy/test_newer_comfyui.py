@@ -81,8 +81,8 @@ def doubled(q, k, v, heads, *args, **kwargs):
     return 2 * attention.attention_sub_quad(q, k, v, heads, *args, **kwargs)
 
 
-@pytest.mark.parametrize("window", [1, 8])
-def test_the_checkpoints_own_attention_is_the_backend(window, windowed, last_run):
+@pytest.mark.parametrize("dense_blocks", [0, 2])
+def test_the_checkpoints_own_attention_is_the_backend(dense_blocks, windowed, last_run):
     """Where the window acts and where it declines; after ComfyAttention in comfy/ldm/modules/attention.py of 0.38."""
     calls = []
 
@@ -94,9 +94,9 @@ def test_the_checkpoints_own_attention_is_the_backend(window, windowed, last_run
     slot = set_slot(model, lambda func, *args, **kwargs: doubled(*args, **kwargs))
     for block in model.model.diffusion_model.transformer_blocks:
         block.attn1.comfy_attention = SimpleNamespace(config=None, function=own)
-    ours = windowed(model, window=window)
+    ours = windowed(model, dense_blocks=dense_blocks)
     result = sample(ours)
-    assert calls and bool(last_run(ours)["taken"]) is (window == 1)
+    assert calls and bool(last_run(ours)["taken"]) is (dense_blocks == 0)
     # Only video self-attention has one here: the same by a foreign override that looks at nothing else.
     only_self = set_slot(
         build_model(),
@@ -104,12 +104,12 @@ def test_the_checkpoints_own_attention_is_the_backend(window, windowed, last_run
             q, k, v, *args, **kwargs
         ),
     )
-    expected = sample(windowed(only_self, window=window))
+    expected = sample(windowed(only_self, dense_blocks=dense_blocks))
     assert equal(result, expected)
-    assert not equal(result, sample(windowed(build_model(), window=window)))
+    assert not equal(result, sample(windowed(build_model(), dense_blocks=dense_blocks)))
     # Who fills the slot goes before the checkpoint, as in core.
     calls.clear()
-    sample(windowed(slot, window=window))
+    sample(windowed(slot, dense_blocks=dense_blocks))
     assert not calls and SLOT
 
 
