@@ -1,4 +1,4 @@
-"""Puts a technique on a MODEL, and takes it off. The only file that touches ModelPatcher."""
+"""Puts a technique on a MODEL, and takes it off."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 
 from .journal import JOURNAL, Journal, journal_of
-from .plan import PLAN, Plan, in_order, plan_of, without
+from .plan import PLAN, Plan, in_order, plan_in, without
 from .technique import Technique
 from .wrappers import WRAPPERS
 
@@ -35,6 +35,11 @@ def mount(model: Any, technique: Technique) -> Any:
     clone = model.clone()
     _set_plan(clone, in_order(rest))
     return clone
+
+
+def plan_of(model: Any) -> Plan:
+    """The techniques mounted on `model`, in the order of their stages."""
+    return plan_in(model.model_options.get("transformer_options", {}))
 
 
 def _set_plan(model: Any, plan: Plan) -> None:

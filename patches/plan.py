@@ -19,11 +19,6 @@ def plan_in(options: Mapping[str, Any]) -> Plan:
     return plan
 
 
-def plan_of(model: Any) -> Plan:
-    """The techniques mounted on `model` (ModelPatcher)."""
-    return plan_in(model.model_options.get("transformer_options", {}))
-
-
 def in_order(techniques: Iterable[Technique]) -> Plan:
     return tuple(sorted(techniques, key=lambda technique: technique.stage))
 

@@ -45,7 +45,7 @@ class Evaluation:
 
     step: Step
     watch: Stopwatch
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    tallies: dict[str, Tally]
 
     def record(self) -> dict[str, Any]:
         return {
@@ -101,7 +101,8 @@ class Run:
         """Before an evaluation by the sampler at the sigma in `timestep` [B]."""
         with self._lock:
             step = Step(len(self._evaluations) + 1, timestep, self.clock)
-            evaluation = Evaluation(step, Stopwatch(timestep.device))
+            tallies = {technique.name: Tally() for technique in self.plan}
+            evaluation = Evaluation(step, Stopwatch(timestep.device), tallies)
             self._evaluations.append(evaluation)
         for state in self.states:
             state.step(step)
@@ -188,7 +189,7 @@ class Run:
     def _count(self, name: str, reason: str | None, times: int, evaluation: Evaluation | None) -> None:
         self._tallies[name].count(reason, times)
         if evaluation is not None:
-            evaluation.tallies.setdefault(name, Tally()).count(reason, times)
+            evaluation.tallies[name].count(reason, times)
 
     def _price(self, call: Call) -> tuple[float, float] | None:
         """FLOPs of the blocks for one cond: as stock computes them, and as the techniques that acted have left them."""

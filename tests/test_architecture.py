@@ -1,4 +1,4 @@
-"""The house rules that can be checked: which way imports point, and where model families may be named."""
+"""The house rules that can be checked: which way imports point, and where what may be named."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import pytest
 
 ROOMS = {
     # room: rooms of the pack it may import from
-    "nodes": {"nodes", "patches", "latents"},
+    "nodes": {"nodes", "patches", "patches.techniques", "latents"},
+    "patches.techniques": {
+        "patches.techniques",
+        "patches",
+        "patches.reuse",
+        "patches.layouts",
+        "patches.kernels",
+    },
     "patches": {"patches", "patches.layouts", "patches.kernels"},
+    "patches.reuse": {"patches.reuse", "patches.kernels"},
     "patches.layouts": {"patches.layouts", "patches.kernels"},
     "patches.kernels": {"patches.kernels"},
     "latents": {"latents"},
@@ -43,20 +51,80 @@ def test_imports_point_one_way(pack):
     assert checked > 10
 
 
-def test_kernels_know_no_comfy_and_only_mount_touches_the_patcher(pack):
+def test_kernels_know_no_comfy_and_only_mount_puts_something_on_a_model(pack):
     for path in runtime_files(pack.root):
         text = path.read_text(encoding="utf-8")
         if "kernels" in path.parts:
             assert "comfy" not in text.lower(), path
         if path.name != "mount.py":
-            assert not re.search(r"model_options|add_wrapper|\.clone\(\)|set_attachments", text), path
+            assert not re.search(r"add_wrapper|\.clone\(\)|set_attachments", text), path
+        if path.name not in ("mount.py", "wrappers.py"):
+            assert "model_options" not in text, path
+
+
+def table(root):
+    """The techniques by their files: (file, class)."""
+    lines = ast.walk(ast.parse((root / "patches/techniques/__init__.py").read_text(encoding="utf-8")))
+    return [(line.module, line.names[0].name) for line in lines if isinstance(line, ast.ImportFrom)]
+
+
+def test_no_technique_is_named_outside_its_room(pack):
+    """But by the one node that mounts it; the table beside them lists all."""
+    folder, own = pack.root / "patches/techniques", table(pack.root)
+    assert {f"{file}.py" for file, _ in own} == {p.name for p in folder.glob("*.py")} - {"__init__.py"}
+    names = {name for pair in own for name in pair}
+    names |= {
+        line.name
+        for path in folder.glob("*.py")
+        for line in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(line, ast.ClassDef)
+    }
+    named = re.compile(rf"\b({'|'.join(sorted(names))})\b")
+    for path in runtime_files(pack.root):
+        text = path.read_text(encoding="utf-8")
+        if path.is_relative_to(folder):
+            # Nor by each other.
+            assert path.name == "__init__.py" or not re.search(r"from \.\w", text), path
+            continue
+        if path.parent.name == "nodes" and path.name != "__init__.py":
+            assert len(re.findall(r"patches\.techniques\.(\w+)", text)) <= 1, path
+        elif path.parent.name != "nodes":
+            assert not named.search(text) and "techniques" not in re.findall(r"from \.+(\w+)", text), path
+
+
+def test_the_table_is_in_the_order_of_stages_and_names_are_told_apart(pack):
+    techniques = pack("patches.techniques").TECHNIQUES
+    stages = [technique.stage for technique in techniques]
+    assert stages == sorted(set(stages)) and len({technique.name for technique in techniques}) == len(stages)
+    assert [technique.__name__ for technique in techniques] == [name for _, name in table(pack.root)]
+
+
+def test_forms_show_the_settings_of_their_techniques(pack):
+    """Ranges and defaults stand in one table a technique."""
+    checked = 0
+    kinds = {kind.__module__.rsplit(".", 1)[1]: kind for kind in pack("patches.techniques").TECHNIQUES}
+    for node in pack("nodes").NODES:
+        source = (pack.root / "nodes" / f"{node.__module__.rsplit('.', 1)[1]}.py").read_text(encoding="utf-8")
+        for file in re.findall(r"patches\.techniques\.(\w+)", source):
+            inputs = {entry.id: entry for entry in node.define_schema().inputs}
+            for name, setting in kinds[file].settings().items():
+                shown = inputs[name]
+                assert shown.default == setting.default, name
+                if hasattr(setting, "options"):
+                    assert tuple(shown.options) == setting.options
+                else:
+                    assert (shown.min, shown.max) == (setting.low, setting.high), name
+                checked += 1
+    assert checked > 15
 
 
 def test_model_families_are_named_only_in_layouts(pack):
     """Tooltips may name the models a node is for; class, module and argument names stay in their room."""
+    of_samplers = {"denoise_mask", "latent_shapes"}
     for path in runtime_files(pack.root):
         if "layouts" not in path.parts:
-            assert not FAMILY.search(path.read_text(encoding="utf-8")), path
+            named = set(FAMILY.findall(path.read_text(encoding="utf-8")))
+            assert not named - (of_samplers if path.name == "wrappers.py" else set()), path
     assert FAMILY.search((pack.root / "patches/layouts/ltx.py").read_text(encoding="utf-8"))
 
 

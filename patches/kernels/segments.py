@@ -61,6 +61,13 @@ class Segments:
     total: int
     _pairs: dict[range, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        stops = [0, *(part.stop for part in self.parts)]
+        if [part.start for part in self.parts] != stops[:-1]:
+            raise ValueError(
+                f"segments: expected parts that follow each other from query 0 on, got {self.parts}."
+            )
+
     @staticmethod
     @lru_cache(maxsize=64)
     def dense(queries: int, keys: int, /) -> Segments:
