@@ -55,12 +55,12 @@ def count(model: Any, clip: ltx2.Clip, pack: str) -> tuple[float, float]:
     latent = ltx2.noise(clip, "meta").unbind()
     packed = torch.cat([part.flatten(1) for part in latent], dim=1)[:, None]
     options = {**model.model_options.get("transformer_options", {}), "wrappers": model.wrappers}
-    wrappers, clock = (importlib.import_module(f"{pack}.patches.{name}") for name in ("wrappers", "clock"))
+    wrappers = importlib.import_module(f"{pack}.patches.wrappers")
     plan, run = wrappers.plan_in(options), None
     if plan:
         # A schedule whose second step may reuse what the first left.
-        schedule = clock.SigmaClock((1.0, 0.75, 0.5, 0.25, 0.0), lambda percent: 1 - percent)
-        run = options[wrappers.RUN] = wrappers.Run(plan, schedule)
+        run = wrappers.Run(plan, (1.0, 0.75, 0.5, 0.25, 0.0), lambda percent: 1 - percent)
+        options[wrappers.RUN] = run
 
     def forward(sigma: float) -> None:
         if run is not None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from . import backend
-from .call import NO_OPTIONS, OVERRIDE, Attend, AttentionCall, Call
+from .call import OVERRIDE, Attend, AttentionCall, Call
 from .kernels.segments import Segments, attend_batched
 from .kernels.tokens import VideoTokens
-from .layouts.layout import Site, Unclear
+from .layouts.layout import NO_OPTIONS, Site, Unclear
 from .layouts.role import Role
 from .shadow import inner, is_rewritten, uncompiled
 from .technique import Replacement, State, overrides

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,9 +17,18 @@ from .layouts.layout import Layout, Site, Stream, Unclear
 from .layouts.role import Role
 
 OVERRIDE = "optimized_attention_override"
-NO_OPTIONS = "NO_OPTIONS"
 
 Attend = Callable[["AttentionCall"], torch.Tensor]
+
+
+class Sampling(Protocol):
+    """The run that a state lives in, as far as it may ask and tell."""
+
+    @property
+    def clock(self) -> SigmaClock: ...
+
+    def say_once(self, warning: str) -> bool:
+        """Whether this was not said in this run before."""
 
 
 @dataclass(frozen=True)

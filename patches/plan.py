@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .layouts.work import Work
 from .technique import Technique
 
 PLAN = "frame_thrift_plan"
@@ -25,10 +24,3 @@ def in_order(techniques: Iterable[Technique]) -> Plan:
 
 def without(plan: Plan, name: str) -> Plan:
     return tuple(technique for technique in plan if technique.name != name)
-
-
-def cost(plan: Iterable[Technique], work: Work) -> Work:
-    """What is left of the work of one forward in which all of these techniques act."""
-    for technique in plan:
-        work = technique.cost(work)
-    return work

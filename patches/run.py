@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,10 +14,9 @@ import torch
 from .call import Call, Step
 from .clock import SigmaClock
 from .journal import Record
-from .kernels.tokens import VideoTokens
 from .layouts.layout import Unclear
 from .layouts.role import Role
-from .plan import Plan, cost
+from .plan import Plan
 from .stopwatch import PeakMemory, Stopwatch
 from .technique import STEPS, State
 
@@ -62,10 +61,16 @@ class Run:
     Forwards of one run may come from several threads, one a device: counts are locked, the rest is frozen.
     """
 
-    def __init__(self, plan: Plan, clock: SigmaClock, device: torch.device | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        sigmas: Iterable[float],
+        percent_to_sigma: Callable[[float], float],
+        device: torch.device | None = None,
+    ):
         self.id = uuid.uuid4().hex
         self.plan = plan
-        self.clock = clock
+        self.clock = SigmaClock(tuple(map(float, sigmas)), percent_to_sigma)
         self.has_guidance = True
         self.states: tuple[State, ...] = tuple(technique.begin(self) for technique in plan)
         self._lock = threading.Lock()
@@ -194,7 +199,7 @@ class Run:
     def _price(self, call: Call) -> tuple[float, float] | None:
         """FLOPs of the blocks for one cond: as stock computes them, and as the techniques that acted have left them."""
         tokens = call.tokens
-        if not self.clock.steps or not isinstance(tokens, VideoTokens):
+        if not self.clock.steps or isinstance(tokens, Unclear):
             return None
         acted = {state.technique.name for state, reason, _ in call.outcomes if reason is None}
         key = call.layout.shapes, tokens, call.text, frozenset(acted)
@@ -202,7 +207,9 @@ class Run:
             work = call.layout.work(call.text[1] if call.text else 0)
             if isinstance(work, Unclear):
                 return None
-            left = cost((t for t in self.plan if t.name in acted), work)
+            left = work
+            for technique in self.plan:
+                left = technique.cost(left) if technique.name in acted else left
             self._prices[key] = call.layout.flops(work), call.layout.flops(left)
         return self._prices[key]
 

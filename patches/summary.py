@@ -6,13 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from .call import NO_OPTIONS
 from .clock import SigmaClock
 from .journal import Record, pieces_before
-from .layouts.layout import NO_VIDEO
+from .layouts.layout import NO_OPTIONS, NO_VIDEO
 from .layouts.role import Role
-from .plan import Plan
-from .technique import ATTENTION_CALLS
+from .technique import ATTENTION_CALLS, Technique
 
 # What the name of a reason cannot tell.
 EXPLANATIONS = {
@@ -21,7 +19,9 @@ EXPLANATIONS = {
 }
 
 
-def announce(plan: Plan, clock: SigmaClock, earlier: Sequence[Record] = ()) -> list[tuple[bool, str]]:
+def announce(
+    plan: Sequence[Technique], clock: SigmaClock, earlier: Sequence[Record] = ()
+) -> list[tuple[bool, str]]:
     """What is to be said of the plan before any step is computed, each with whether it is a warning.
 
     earlier: records of the MODEL's runs before. Samplers that take a schedule in pieces begin a run with each, and a
@@ -45,7 +45,7 @@ def announce(plan: Plan, clock: SigmaClock, earlier: Sequence[Record] = ()) -> l
 
 
 def summarise(
-    record: Record, plan: Plan, suspects: Sequence[str] = (), earlier: Sequence[Record] = ()
+    record: Record, plan: Sequence[Technique], suspects: Sequence[str] = (), earlier: Sequence[Record] = ()
 ) -> list[tuple[bool, str]]:
     """The closing lines of a run, each with whether it is a warning.
 

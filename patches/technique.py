@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from .call import Attend, AttentionCall, Call, Load, Room, Step
+from .call import Attend, AttentionCall, Call, Load, Room, Sampling, Step
 from .clock import Schedule, SigmaClock
 from .kernels.segments import Segments
 from .layouts.role import Role
 from .layouts.work import Work
 from .settings import Setting, check, settings_of
-
-if TYPE_CHECKING:
-    from .run import Run
 
 FORWARDS, ATTENTION_CALLS, STEPS = "forwards", "attention calls", "steps"
 OUTSIDE_RANGE = "OUTSIDE_RANGE"
@@ -112,7 +109,7 @@ class Technique:
         """What `State.record` gave, in words for the closing line of a run."""
         return ""
 
-    def begin(self, run: Run) -> State:
+    def begin(self, run: Sampling) -> State:
         """Its state for one run."""
         return State(self, run)
 
@@ -124,7 +121,7 @@ class State:
     (`call[self] = …`), never on the State.
     """
 
-    def __init__(self, technique: Any, run: Run) -> None:
+    def __init__(self, technique: Any, run: Sampling) -> None:
         self.technique, self.run = technique, run
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:

@@ -19,9 +19,7 @@ from comfy.patcher_extension import WrappersMP
 
 from .attention import Forward
 from .call import Call, Load, Room, replaced_blocks
-from .clock import SigmaClock
 from .journal import fingerprints, journal_of
-from .kernels.tokens import VideoTokens
 from .layouts import read_layout, stream_of
 from .layouts.layout import Layout, Unclear
 from .layouts.role import Role
@@ -66,10 +64,9 @@ def _outer_sample(
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     model = guider.model_patcher
     sampling = model.get_model_object("model_sampling")
-    clock = SigmaClock(tuple(float(s) for s in sigmas), sampling.percent_to_sigma)
-    run = Run(plan_in(options), clock, model.load_device)
+    run = Run(plan_in(options), sigmas, sampling.percent_to_sigma, model.load_device)
     journal = journal_of(model)
-    _say(announce(run.plan, clock, journal.records() if journal is not None else []))
+    _say(announce(run.plan, run.clock, journal.records() if journal is not None else []))
     # As core's sampling: without guidance the negative conds are not computed.
     run.has_guidance = getattr(guider, "cfg", None) != 1 or bool(
         guider.model_options.get("disable_cfg1_optimization")
@@ -189,7 +186,7 @@ def _apply_model(
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
     # Somebody who calls the model without a sampler still gets what is mounted, only no closing line.
     run: Run = options.get(RUN) or Run(
-        plan_in(options), SigmaClock((), executor.class_obj.model_sampling.percent_to_sigma)
+        plan_in(options), (), executor.class_obj.model_sampling.percent_to_sigma
     )
     run.count_forward()
     layout = read_layout(executor.class_obj.diffusion_model, x, options, conds)
@@ -296,7 +293,7 @@ class Acting:
     def _count_dense(self) -> None:
         """Self-attention that nobody has a say in."""
         tokens = self.call.tokens
-        if isinstance(tokens, VideoTokens):
+        if not isinstance(tokens, Unclear):
             calls = sum(site.role is Role.VIDEO_SELF for _, site in self.call.sites)
             pairs = float(calls * tokens.total**2)
             self.call.count_pairs(Role.VIDEO_SELF, pairs, pairs)

@@ -17,6 +17,7 @@ from ..kernels.tokens import Ranges, VideoTokens
 from .role import Role
 from .work import Work
 
+NO_OPTIONS = "NO_OPTIONS"
 NO_VIDEO = "NO_VIDEO"
 UNCLEAR_QUERY = "UNCLEAR_QUERY"
 

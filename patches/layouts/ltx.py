@@ -13,7 +13,7 @@ import torch
 
 from ..kernels.segments import take
 from ..kernels.tokens import Ranges, VideoTokens
-from .layout import NO_VIDEO, UNCLEAR_QUERY, Layout, Site, Stream, Unclear
+from .layout import NO_OPTIONS, NO_VIDEO, UNCLEAR_QUERY, Layout, Site, Stream, Unclear
 from .role import Role
 from .work import PER_FRAME, VIDEO, Work
 
@@ -70,7 +70,6 @@ MASK = "self_attention_mask"
 UNCLEAR_SHAPE = "UNCLEAR_SHAPE"
 UNCLEAR_CALL = "UNCLEAR_CALL"
 NO_FRAME_RATE = "NO_FRAME_RATE"
-NO_OPTIONS = "NO_OPTIONS"
 
 
 def read(

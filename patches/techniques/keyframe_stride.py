@@ -6,16 +6,13 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from ..call import Call
+from ..call import Call, Sampling
 from ..layouts.layout import Layout, Unclear
 from ..layouts.work import Work
 from ..settings import Number, Whole, setting
 from ..technique import State, Technique
-
-if TYPE_CHECKING:
-    from ..run import Run
 
 FULL_LENGTH = "FULL_LENGTH"
 OTHER_LENGTH = "OTHER_LENGTH"
@@ -64,7 +61,7 @@ class StretchedTimes(Technique):
             return work
         return replace(work, tokens=work.tokens.thinned(self.strided_frames))
 
-    def begin(self, run: Run) -> State:
+    def begin(self, run: Sampling) -> State:
         return Stretching(self, run)
 
 

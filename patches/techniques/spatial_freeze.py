@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from .. import backend
-from ..call import Attend, AttentionCall, Call, Load, Room
+from ..call import Attend, AttentionCall, Call, Load, Room, Sampling
 from ..clock import Schedule, SigmaClock
 from ..kernels.half import saturated
 from ..kernels.split_softmax import all_but_own_frame, attend_anew, has_lse, own_frame
@@ -25,9 +25,6 @@ from ..reuse.store import DEFAULT, FP8, GIB, GPU, HOST, PLACEMENTS, PRECISIONS, 
 from ..settings import Choice, Number, Whole, setting
 from ..shadow import uncompiled
 from ..technique import Replacement, State, Technique
-
-if TYPE_CHECKING:
-    from ..run import Run
 
 ATTENTION, WORK, BLOCKS = "spatial attention", "per-frame work", "whole blocks"
 SCOPES = (ATTENTION, WORK, BLOCKS)
@@ -137,7 +134,7 @@ class SpatialFreeze(Technique):
             for place, size in part["cache_gib"].items()
         )
 
-    def begin(self, run: Run) -> State:
+    def begin(self, run: Sampling) -> State:
         kinds = {ATTENTION: FreezingAttention, WORK: FreezingWork, BLOCKS: FreezingBlocks}
         return kinds[self.scope](self, run)
 
@@ -147,7 +144,7 @@ class Freezing(State):
 
     technique: SpatialFreeze
 
-    def __init__(self, technique: SpatialFreeze, run: Run) -> None:
+    def __init__(self, technique: SpatialFreeze, run: Sampling) -> None:
         super().__init__(technique, run)
         limit = int(technique.cache_limit_gb * GIB)
         self.store = Store(technique.cache_device, limit, technique.cache_dtype)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from ..call import AttentionCall, Call
+from ..call import AttentionCall, Call, Sampling
 from ..clock import Schedule
 from ..kernels.segments import Segments
 from ..kernels.tokens import VideoTokens
@@ -15,9 +15,6 @@ from ..layouts.role import Role
 from ..layouts.work import Work
 from ..settings import Whole, setting
 from ..technique import State, Technique
-
-if TYPE_CHECKING:
-    from ..run import Run
 
 DENSE_BLOCK = "DENSE_BLOCK"
 GUIDE_QUERIES = "GUIDE_QUERIES"
@@ -59,7 +56,7 @@ class TemporalWindow(Technique):
             work = work.with_segments(Role.VIDEO_SELF, block, segments)
         return work
 
-    def begin(self, run: Run) -> State:
+    def begin(self, run: Sampling) -> State:
         return Windowing(self, run)
 
 

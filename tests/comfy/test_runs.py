@@ -111,9 +111,7 @@ def test_threads_share_only_the_plan_and_the_journal(pack, windowed):
     """As core's MultiGPU split does: deep clones of the module, one set of options, forwards at the same time."""
     wrappers = pack("patches.wrappers")
     one = windowed(build_model())
-    run = wrappers.Run(
-        pack("patches.mount").plan_of(one), pack("patches.clock").SigmaClock((1.0, 0.5, 0.0), lambda p: 1 - p)
-    )
+    run = wrappers.Run(pack("patches.mount").plan_of(one), (1.0, 0.5, 0.0), lambda percent: 1 - percent)
     modules = [one.model, build_model().model]
     options = {
         **one.model_options["transformer_options"],
