@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -168,7 +168,7 @@ class State:
         """The output of one segment's attention [B, n, C]; or the reason to decline. Key positions are no longer known."""
         return inner(attention)
 
-    def called(self, call: Call, error: BaseException | None) -> Iterator[str | None] | list[str | None]:
+    def called(self, call: Call, error: BaseException | None) -> Iterable[str | None]:
         """After a forward: outcomes to count, each the reason to decline or None. On an error: let go; nothing is counted."""
         return [None] if call.has_shadowed(self) else []
 
