@@ -100,9 +100,9 @@ def empty(clip: Clip, device: str) -> Any:
     return comfy.nested_tensor.NestedTensor([torch.zeros_like(part) for part in noise(clip, device).unbind()])
 
 
-def sample(model: Any, clip: Clip, steps: int, device: str) -> None:
-    """So many Euler steps without CFG: one forward each."""
-    comfy.sample.sample_custom(
+def sample(model: Any, clip: Clip, steps: int, device: str, callback: Any = None) -> Any:
+    """The samples of so many Euler steps without CFG: one forward each."""
+    return comfy.sample.sample_custom(
         model,
         noise(clip, device),
         1.0,
@@ -111,6 +111,7 @@ def sample(model: Any, clip: Clip, steps: int, device: str) -> None:
         conditioning(device),
         conditioning(device),
         empty(clip, device),
+        callback=callback,
         disable_pbar=True,
         seed=0,
     )
