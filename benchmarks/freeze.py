@@ -133,14 +133,14 @@ def bandwidth() -> float:
 @contextlib.contextmanager
 def asked_beforehand(sizes: Counter[int]) -> Iterator[None]:
     """That many pieces of host memory of these bytes are asked for before the runs within, and stay until they are done."""
-    cache = importlib.import_module(f"{PACK}.patches.cache")
-    room = cache.HostRoom()
+    store = importlib.import_module(f"{PACK}.patches.reuse.store")
+    memory = store.PinnedMemory()
     for size, count in sizes.items():
-        room.grow(room.size + count * size, size)
+        memory.grow(memory.size + count * size, size)
     with (
-        contextlib.closing(room),
-        mock.patch.object(cache, "HostRoom", lambda: room),
-        mock.patch.object(room, "close", lambda: None),
+        contextlib.closing(memory),
+        mock.patch.object(store, "PinnedMemory", lambda: memory),
+        mock.patch.object(memory, "close", lambda: None),
     ):
         yield
 
@@ -148,14 +148,14 @@ def asked_beforehand(sizes: Counter[int]) -> Iterator[None]:
 @contextlib.contextmanager
 def noting_pieces(sizes: Counter[int]) -> Iterator[None]:
     """Counts the pieces of host memory that the runs within take, by their bytes."""
-    room = importlib.import_module(f"{PACK}.patches.cache").HostRoom
-    take = room.take
+    memory = importlib.import_module(f"{PACK}.patches.reuse.pinned").PinnedMemory
+    take = memory.take
 
     def noted(self: Any, size: int) -> torch.Tensor:
         sizes[size] += 1
         return take(self, size)
 
-    with mock.patch.object(room, "take", noted):
+    with mock.patch.object(memory, "take", noted):
         yield
 
 
@@ -167,12 +167,14 @@ def interrupted(patched: Any, clip: ltx2.Clip, sigmas: tuple[float, ...], device
         return torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0
 
     found = {"before": allocated()}
+    (technique,) = importlib.import_module(f"{PACK}.patches.mount").plan_of(patched)
+    to_sigma = patched.get_model_object("model_sampling").percent_to_sigma
+    clock = importlib.import_module(f"{PACK}.patches.clock").SigmaClock(sigmas, to_sigma)
+    first = technique.acting_steps(clock)[0]
 
     def stop(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(
-            isinstance(given, dict) and given.get("frame_thrift_frozen")
-            for given in (*args, *kwargs.values())
-        ):
+        options = next(given for given in (*args, *kwargs.values()) if isinstance(given, dict))
+        if clock.step_at(float(options["sigmas"][0])) == first:
             found["within"] = allocated()
             raise mm.InterruptProcessingException
         return executor(*args, **kwargs)
@@ -233,8 +235,7 @@ def main() -> None:
                 if pieces:
                     with asked_beforehand(pieces):
                         asked = run(patched, clip, sigmas, options.device)["seconds"]
-                record = journal_of(patched).records()[-1]
-                technique = record["techniques"]["spatial freeze"]
+                technique = journal_of(patched).records()[-1]["techniques"]["spatial freeze"]
                 row = {
                     "clip": clip.name,
                     "steps": steps,
@@ -247,7 +248,7 @@ def main() -> None:
                     "frozen_steps": len(technique["steps"]),
                     "taken": technique["taken"],
                     "declined": technique["declined"],
-                    "cache_gib": record["cache_gib"],
+                    "cache_gib": technique["cache_gib"],
                     **ground,
                 }
                 others = [old for old in report["rows"] if setting_of(old) != setting_of(row)]

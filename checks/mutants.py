@@ -64,8 +64,8 @@ MUTANTS = [
     ),
     Mutant(
         "freeze that reuses one step too long",
-        "< self.rhythm.refresh_every",
-        "<= self.rhythm.refresh_every",
+        "step - full < self.refresh_every",
+        "step - full <= self.refresh_every",
         ("tests/comfy/test_freeze.py::test_equals_a_reference_that_stores_and_adds_again",),
     ),
     Mutant(
@@ -76,14 +76,14 @@ MUTANTS = [
     ),
     Mutant(
         "last step not full",
-        "if step == self.clock.steps - 1:",
-        "if step == self.clock.steps:",
+        "if step == self.steps - 1:",
+        "if step == self.steps:",
         ("tests/comfy/test_freeze.py::test_equals_a_reference_that_stores_and_adds_again",),
     ),
     Mutant(
-        "passes of one evaluation share what is kept",
-        "key = subject, self._seen[subject]",
-        "key = subject, 0",
+        "passes of one evaluation share entries",
+        "key.device, self._seen[key])",
+        "key.device, 0)",
         (
             "tests/comfy/test_freeze_beside_others.py::test_passes_of_one_evaluation_at_two_sigmas_keep_their_own",
         ),
@@ -101,7 +101,7 @@ MUTANTS = [
         ("tests/comfy/test_newer_comfyui.py::test_the_checkpoints_own_attention_is_the_backend",),
     ),
     Mutant(
-        "memory of a block that is kept",
+        "memory of a block that is stored",
         "return nullcontext() if pause is None else pause()",
         "return nullcontext()",
         ("tests/comfy/test_newer_comfyui.py::test_nothing_that_is_kept_is_memory_of_a_block",),
@@ -114,7 +114,7 @@ MUTANTS = [
     ),
     Mutant(
         "blocks frozen while their attention calls are counted",
-        "is_exchanged = block in self.reuse.exchanged_blocks",
+        "is_exchanged = block in self.cache.exchanged_blocks",
         "is_exchanged = False",
         ("tests/comfy/test_guiders.py::test_the_same_calls_are_perturbed_with_and_without_freeze",),
     ),
@@ -126,7 +126,7 @@ MUTANTS = [
     ),
     Mutant(
         "short pieces at the full rate",
-        "return 1 if frames > self.strided_frames else None",
+        "return 1 if frames > own.strided_frames else None",
         "return 1",
         ("tests/comfy/test_pieces.py::test_a_short_piece_of_unknown_rate_is_refused",),
     ),
@@ -135,6 +135,39 @@ MUTANTS = [
         'vars(module).pop("forward", None)',
         "pass",
         ("tests/comfy/test_runs.py::test_interrupt_and_error_leave_nothing_behind",),
+    ),
+    Mutant(
+        "segments that a stage before narrowed are dense again",
+        "state.see(attention.segments, attention)",
+        "state.see(Segments.dense(attention.segments.queries, attention.segments.total), attention)",
+        (
+            "tests/comfy/test_techniques.py::"
+            "test_one_that_does_nothing_sees_the_segments_as_the_window_left_them",
+        ),
+    ),
+    Mutant(
+        "techniques nested the wrong way round",
+        "for state in reversed(having)))",
+        "for state in having))",
+        ("tests/comfy/test_techniques.py::test_one_that_replaces_a_module_inside_those_of_freeze",),
+    ),
+    Mutant(
+        "counts of a failed forward kept",
+        "            state.called(call, error)\n        raise\n",
+        "            state.called(call, error)\n        run.absorb(call)\n        raise\n",
+        ("tests/comfy/test_techniques.py::test_one_that_asks_for_memory_and_frees_it",),
+    ),
+    Mutant(
+        "window told of frames that are left out",
+        "with self._narrow(within):",
+        "with self._narrow(tokens):",
+        ("tests/comfy/test_techniques.py::test_some_frames_beside_guides_under_the_window",),
+    ),
+    Mutant(
+        "options overwritten by those of ComfyUI",
+        "given.update(changes)",
+        "pass",
+        ("tests/comfy/test_techniques.py::test_options_that_change_behind_those_of_comfyui",),
     ),
 ]
 
