@@ -39,6 +39,7 @@ class Forward:
         hooks = ("see", "attend", "backend")
         having = [state for state in states if any(overrides(state, hook) for hook in hooks)]
         roles = {role for state in having for role in state.technique.roles}
+        call.awaiting.update(state for state in having if state.technique.roles)
         return Forward(call, {role: [s for s in having if role in s.technique.roles] for role in roles})
 
     def shadows(self) -> Iterator[tuple[torch.nn.Module, Replacement]]:
@@ -64,8 +65,14 @@ class Forward:
                 site = Site(Role.VIDEO_SELF, index, len(blocks))
                 yield block, partial(_forward_rewritten_block, self, site, modules.get(index))
 
+    def reach(self, role: Role) -> Sequence[State]:
+        """Those who have a say in an attention call that has come."""
+        states = self.states[role]
+        self.call.reached.update(states)
+        return states
+
     def decline(self, role: Role, reason: str) -> None:
-        for state in self.states[role]:
+        for state in self.reach(role):
             self.call.count(state, reason)
 
 
@@ -182,7 +189,7 @@ def _override(
         forward.call.count_pairs(site.role, pairs, pairs)
         return innermost(given["q"], given["k"], given["v"], given.get("mask"))
     forward.call.count_pairs(site.role, pairs, 0)
-    return _Attending(forward.states[site.role]).output(attention, innermost)
+    return _Attending(forward.reach(site.role)).output(attention, innermost)
 
 
 def _read(

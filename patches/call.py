@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,14 +22,20 @@ OVERRIDE = "optimized_attention_override"
 Attend = Callable[["AttentionCall"], torch.Tensor]
 
 
-class Sampling(Protocol):
+class Sampling:
     """The run that a state lives in, as far as it may ask and tell."""
 
-    @property
-    def clock(self) -> SigmaClock: ...
+    def __init__(self, clock: SigmaClock) -> None:
+        self.clock = clock
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
 
     def say_once(self, warning: str) -> bool:
         """Whether this was not said in this run before."""
+        with self._lock:
+            is_new = warning not in self._said
+            self._said.add(warning)
+            return is_new
 
 
 @dataclass(frozen=True)
@@ -69,18 +76,19 @@ class Room:
     host: int
 
 
-@dataclass
 class Step:
-    """One evaluation by the sampler, counted from 1; `timestep` [B] holds its sigma."""
+    """One evaluation by the sampler, counted from 1, at the sigma in `timestep` [B]."""
 
-    evaluation: int
-    timestep: torch.Tensor
-    clock: SigmaClock
+    def __init__(self, evaluation: int, timestep: torch.Tensor, clock: SigmaClock) -> None:
+        self.evaluation, self.clock = evaluation, clock
+        self._sigma: torch.Tensor | float = timestep
 
-    @cached_property
+    @property
     def sigma(self) -> float:
-        # Reading it waits for the GPU: not before somebody asks.
-        return float(self.timestep.flatten()[0])
+        if isinstance(self._sigma, torch.Tensor):
+            # Reading it waits for the GPU: not before somebody asks.
+            self._sigma = float(self._sigma.flatten()[0])
+        return self._sigma
 
     @property
     def number(self) -> int:
@@ -93,7 +101,9 @@ class Call:
     """One forward of one batch of conds. What techniques have to remember of it lies here, each under its own State.
 
     evaluation: how many times the sampler has called for noise so far. shape, dtype, device: of the latent [B, ...];
-    text: shape of the text [B, n, C]. options: transformer_options as others have left them.
+    text: shape of the text [B, n, C]. options: transformer_options as others have left them. is_unwatched: nobody has a say
+    in video self-attention. acting: the states that have not declined all of it. shadowing, awaiting, reached:
+    the states that have put something over modules, that wait for attention calls, and whose calls have come.
     """
 
     layout: Layout
@@ -108,7 +118,11 @@ class Call:
     error: BaseException | None = None
     outcomes: list[tuple[Any, str | None, int]] = field(default_factory=list)
     pairs: dict[Role, list[float]] = field(default_factory=dict)
+    is_unwatched: bool = False
     shadowing: set[Any] = field(default_factory=set)
+    awaiting: set[Any] = field(default_factory=set)
+    reached: set[Any] = field(default_factory=set)
+    acting: list[Any] = field(default_factory=list)
     _slots: dict[Any, Any] = field(default_factory=dict)
     _narrowed: list[VideoTokens] = field(default_factory=list)
 

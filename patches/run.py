@@ -6,16 +6,18 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .call import Call, Step
+from .call import Call, Sampling, Step
 from .clock import SigmaClock
 from .journal import Record
 from .layouts.layout import Unclear
 from .layouts.role import Role
+from .layouts.work import VIDEO
 from .plan import Plan
 from .stopwatch import PeakMemory, Stopwatch
 from .technique import STEPS, State
@@ -47,18 +49,26 @@ class Evaluation:
     tallies: dict[str, Tally]
 
     def record(self) -> dict[str, Any]:
-        return {
-            "step": self.step.number,
-            "sigma": self.step.sigma,
-            "seconds": self.watch.seconds(),
-            "outcomes": {name: tally.record() for name, tally in self.tallies.items()},
-        }
+        told: dict[str, Any] = {"step": None, "sigma": None, "seconds": None}
+        # What somebody has broken on the device may come to light here.
+        with suppress(RuntimeError):
+            told = {"step": self.step.number, "sigma": self.step.sigma, "seconds": self.watch.seconds()}
+        return {**told, "outcomes": {name: tally.record() for name, tally in self.tallies.items()}}
+
+
+class Price(NamedTuple):
+    """FLOPs of the blocks of one forward for one cond: as stock computes them, and as they were left; and in how many
+    blocks video was computed."""
+
+    dense: float
+    left: float
+    blocks: int
 
 
 class Run:
     """Everything of one sampling run that changes. Lives in transformer_options from its start to its end.
 
-    Forwards of one run may come from several threads, one a device: counts are locked, the rest is frozen.
+    Forwards of one run may come from several threads, one a device: counts are locked.
     """
 
     def __init__(
@@ -72,15 +82,17 @@ class Run:
         self.plan = plan
         self.clock = SigmaClock(tuple(map(float, sigmas)), percent_to_sigma)
         self.has_guidance = True
-        self.states: tuple[State, ...] = tuple(technique.begin(self) for technique in plan)
+        sampling = Sampling(self.clock)
+        self.states: tuple[State, ...] = tuple(technique.begin(sampling) for technique in plan)
         self._lock = threading.Lock()
         self._tallies = {technique.name: Tally() for technique in plan}
         self._evaluations: list[Evaluation] = []
         self._forwards = 0
         self._pairs: dict[Role, list[float]] = {}
         self._work = [0.0, 0.0]
-        self._prices: dict[Any, tuple[float, float] | None] = {}
-        self._said: set[str] = set()
+        self._prices: dict[Any, Price | None] = {}
+        self._awaiting: set[State] = set()
+        self._reached: set[State] = set()
         self._memory = PeakMemory(device or torch.device("cpu"))
         self._output: dict[str, list[str]] = {}
 
@@ -134,28 +146,28 @@ class Run:
 
     def absorb(self, call: Call) -> None:
         """What became of a forward that came to its end."""
-        prices = self._price(call)
+        price = self._price(call)
+        if call.is_unwatched and not isinstance(call.tokens, Unclear):
+            # Self-attention that nobody has a say in, in the blocks that were computed.
+            calls = sum(site.role is Role.VIDEO_SELF for _, site in call.sites)
+            pairs = float((calls if price is None else price.blocks) * call.tokens.total**2)
+            call.count_pairs(Role.VIDEO_SELF, pairs, pairs)
         with self._lock:
+            self._awaiting |= call.awaiting
+            self._reached |= call.reached
             for state, reason, times in call.outcomes:
                 self._count(state.technique.name, reason, times, self._newest)
             for role, pairs in call.pairs.items():
                 total = self._pairs.setdefault(role, [0.0, 0.0])
                 total[0] += pairs[0]
                 total[1] += pairs[1]
-            if prices is not None:
-                self._work[0] += prices[0] * call.shape[0]
-                self._work[1] += prices[1] * call.shape[0]
+            if price is not None:
+                self._work[0] += price.dense * call.shape[0]
+                self._work[1] += price.left * call.shape[0]
 
-    def say_once(self, warning: str) -> bool:
-        """Whether this was not said in this run before."""
-        with self._lock:
-            is_new = warning not in self._said
-            self._said.add(warning)
-            return is_new
-
-    def note_output(self, **fingerprints: list[str]) -> None:
-        """What the run has put out, as it lands in a LATENT: fingerprints of its parts."""
-        self._output |= fingerprints
+    def note_output(self, name: str, fingerprints: list[str]) -> None:
+        """What the run has put out, as it lands in a LATENT that is not cast: fingerprints of its parts."""
+        self._output[name] = fingerprints
 
     def record(self) -> Record:
         """The run in numbers and names, without tensors."""
@@ -182,8 +194,9 @@ class Run:
                         "steps": technique.acting_steps(self.clock),
                         **self._tallies[technique.name].record(),
                         "is_expected": technique.expected >= self._tallies[technique.name].declined.keys(),
+                        "is_reached": state in self._reached or state not in self._awaiting,
                     }
-                    for technique in self.plan
+                    for technique, state in zip(self.plan, self.states, strict=True)
                 },
             }
 
@@ -196,22 +209,27 @@ class Run:
         if evaluation is not None:
             evaluation.tallies[name].count(reason, times)
 
-    def _price(self, call: Call) -> tuple[float, float] | None:
-        """FLOPs of the blocks for one cond: as stock computes them, and as the techniques that acted have left them."""
+    def _price(self, call: Call) -> Price | None:
         tokens = call.tokens
         if not self.clock.steps or isinstance(tokens, Unclear):
             return None
         acted = {state.technique.name for state, reason, _ in call.outcomes if reason is None}
         key = call.layout.shapes, tokens, call.text, frozenset(acted)
         if key not in self._prices:
-            work = call.layout.work(call.text[1] if call.text else 0)
-            if isinstance(work, Unclear):
-                return None
-            left = work
-            for technique in self.plan:
-                left = technique.cost(left) if technique.name in acted else left
-            self._prices[key] = call.layout.flops(work), call.layout.flops(left)
+            self._prices[key] = self._priced(call, acted)
         return self._prices[key]
+
+    def _priced(self, call: Call, acted: set[str]) -> Price | None:
+        work = call.layout.work(call.text[1] if call.text else 0)
+        if isinstance(work, Unclear):
+            return None
+        left = work
+        for technique in self.plan:
+            left = technique.cost(left) if technique.name in acted else left
+        flops, ours = call.layout.flops(work), call.layout.flops(left)
+        if isinstance(flops, Unclear) or isinstance(ours, Unclear):
+            return None
+        return Price(flops, ours, sum((block, VIDEO) not in left.left_out for block in range(left.blocks)))
 
 
 def _share(pair: Iterable[float]) -> float:

@@ -10,7 +10,7 @@ from .clock import SigmaClock
 from .journal import Record, pieces_before
 from .layouts.layout import NO_OPTIONS, NO_VIDEO
 from .layouts.role import Role
-from .technique import ATTENTION_CALLS, Technique
+from .technique import Technique
 
 # What the name of a reason cannot tell.
 EXPLANATIONS = {
@@ -62,6 +62,10 @@ def summarise(
             if Role.VIDEO_SELF in technique.roles:
                 text += f"; video self-attention work {record['attention_share']:.0%} of dense"
             lines.append((False, f"{text}{technique.words_for(entry)}."))
+        elif not entry["is_reached"] and record["forwards"]:
+            lines.append(
+                (True, f"{head}no effect, its attention calls were never reached.{_cause(suspects)}")
+            )
         elif declined and entry["is_expected"]:
             line = f"{head}not needed here ({declined}); the result is stock."
             has_acted = any(old["techniques"].get(technique.name, {}).get("taken") for old in earlier)
@@ -77,10 +81,6 @@ def summarise(
             lines.append((is_news, f"{head}no effect, declined: {declined}; the result is stock.{explained}"))
         elif not record["forwards"]:
             lines.append((True, f"{head}no effect, the model was never called."))
-        elif technique.unit == ATTENTION_CALLS:
-            lines.append(
-                (True, f"{head}no effect, its attention calls were never reached.{_cause(suspects)}")
-            )
         else:
             lines.append((False, f"{head}it counts nothing."))
     return lines

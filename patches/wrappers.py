@@ -50,7 +50,8 @@ def _outer_sample(
     sigmas: Any,
     denoise_mask: Any = None,
     callback: Any = None,
-    *args: Any,
+    disable_pbar: Any = False,
+    seed: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Run seam: owns the run from before the first step until after the last, however it ends."""
@@ -61,7 +62,9 @@ def _outer_sample(
             "FrameThrift: another node replaced the model's transformer_options, and what was mounted with "
             "them; the result is stock. Put the FrameThrift nodes after that node."
         )
-        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
+        return executor(
+            noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs
+        )
     model = guider.model_patcher
     sampling = model.get_model_object("model_sampling")
     run = Run(plan_in(options), sigmas, sampling.percent_to_sigma, model.load_device)
@@ -74,19 +77,17 @@ def _outer_sample(
     options[RUN] = run
     last: list[Any] = []
 
-    def keeping(step: Any, x0: Any, *rest: Any) -> Any:
-        last[:] = [x0]
-        return callback(step, x0, *rest) if callback is not None else None
+    def keeping(*given: Any, **named: Any) -> Any:
+        last[:] = [named.get("x0", given[1] if len(given) > 1 else None)]
+        return callback(*given, **named) if callback is not None else None
 
     finished = False
     try:
-        output = executor(noise, latent_image, sampler, sigmas, denoise_mask, keeping, *args, **kwargs)
-        shapes = kwargs.get("latent_shapes")
-        run.note_output(
-            samples=fingerprints(_parts(output, shapes)),
-            x0=fingerprints(_parts(model.model.process_latent_out(last[0].cpu()), shapes)) if last else [],
+        output = executor(
+            noise, latent_image, sampler, sigmas, denoise_mask, keeping, disable_pbar, seed, **kwargs
         )
         finished = True
+        _note_output(run, model, output, last, kwargs.get("latent_shapes"))
         return output
     finally:
         last.clear()
@@ -95,15 +96,32 @@ def _outer_sample(
         _close(run, model, finished)
 
 
-def _parts(latent: torch.Tensor, shapes: Any) -> list[torch.Tensor]:
+def _note_output(run: Run, model: Any, output: Any, x0: list[Any], shapes: Any) -> None:
+    """Fingerprints of what has come out, as ComfyUI's samplers put it into LATENTs."""
+    try:
+        run.note_output("samples", fingerprints(_parts(output, shapes)))
+        for last in x0:
+            run.note_output("x0", fingerprints(_parts(model.model.process_latent_out(last.cpu()), shapes)))
+    except Exception:
+        # Others may sample what they like; that they have no fingerprints shall not cost the run.
+        logger.debug("FrameThrift: no fingerprint of what a run put out", exc_info=True)
+
+
+def _parts(latent: Any, shapes: Any) -> list[torch.Tensor]:
     """Video, and audio if there is any, of a latent that samplers see as one."""
+    if latent.is_nested:
+        return list(latent.unbind())
     if not shapes or sum(math.prod(shape[1:]) for shape in shapes) != math.prod(latent.shape[1:]):
         return [latent]
     return list(comfy.utils.unpack_latents(latent, shapes)) if len(shapes) > 1 else [latent]
 
 
 def _close(run: Run, model: Any, finished: bool) -> None:
-    record = {**run.record(), "finished": finished}
+    try:
+        record = {**run.record(), "finished": finished}
+    except Exception:
+        logger.exception("FrameThrift: a technique could not tell what it did; this run has no record")
+        return
     journal = journal_of(model)
     # A run cut short by an interrupt or somebody's error proves nothing about us.
     if finished and run.clock.steps:
@@ -124,11 +142,14 @@ def _prepare_sampling(
     """Load seam: asks for the techniques' room before the model is loaded, and tells them what room there is."""
     model_options = kwargs.get("model_options") or (args[0] if args else None) or {}
     run: Run | None = model_options.get("transformer_options", {}).get(RUN)
-    load = None if run is None else _load(run, model, tuple(noise_shape), conds, model_options)
-    if run is None or load is None:
+    having = (
+        [] if run is None else [s for s in run.states if overrides(s, "wants") or overrides(s, "granted")]
+    )
+    load = _load(run, model, tuple(noise_shape), conds, model_options) if run is not None and having else None
+    if load is None:
         return executor(model, noise_shape, conds, *args, **kwargs)
     host = int(mm.get_free_memory(torch.device("cpu")) / 2)
-    wanted = {state: state.wants(load) for state in run.states}
+    wanted = {state: state.wants(load) for state in having}
     total, shape = sum(wanted.values()), list(noise_shape)
     if total:
         # ComfyUI budgets by the noise's shape alone.
@@ -217,12 +238,12 @@ def _carried_out(run: Run, begin: Callable[[], Call], compute: Callable[[dict[st
             raise
         failed = call.error = error
     # Outside of the handler, whose traceback holds on to what the failed forward had made.
-    has_freed = [state.relieve(call) for state in run.states]
     try:
-        if not any(has_freed):
+        if not any([state.relieve(call) for state in run.states]):
             raise failed
     finally:
         call.error = failed = None
+        del call
     if cleanup_prefetch_queues is not None:
         cleanup_prefetch_queues()
     mm.soft_empty_cache()
@@ -238,7 +259,7 @@ def _attempt(run: Run, call: Call, compute: Callable[[dict[str, Any]], Any]) -> 
             output = compute(acting.changes)
     except BaseException as error:
         for state in run.states:
-            state.called(call, error)
+            _let_go(state, call, error)
         raise
     finally:
         CURRENT.set(before)
@@ -247,6 +268,14 @@ def _attempt(run: Run, call: Call, compute: Callable[[dict[str, Any]], Any]) -> 
             call.count(state, outcome)
     run.absorb(call)
     return output
+
+
+def _let_go(state: State, call: Call, error: BaseException) -> None:
+    try:
+        list(state.called(call, error))
+    except Exception:
+        # The error on its way is the one that the user has to see.
+        logger.exception("FrameThrift: %s could not let go of a forward", state.technique.name)
 
 
 @dataclass(frozen=True)
@@ -259,7 +288,7 @@ class Acting:
 
     @staticmethod
     def of(run: Run, call: Call) -> Acting:
-        states: list[State] = []
+        states: list[State] = call.acting
         changes: dict[str, Any] = {}
         for state in run.states:
             roles = state.technique.roles
@@ -278,8 +307,7 @@ class Acting:
     def bound(self) -> AbstractContextManager[None]:
         """Everything that the states put over modules, the first stage outermost."""
         attention = Forward.of(self.call, self.states)
-        if Role.VIDEO_SELF not in attention.states:
-            self._count_dense()
+        self.call.is_unwatched = Role.VIDEO_SELF not in attention.states
         having = [state for state in self.states if overrides(state, "modules")]
         if not attention.states and not having:
             return nullcontext()
@@ -289,14 +317,6 @@ class Acting:
         for module, replacement in state.modules(self.call):
             self.call.shadowing.add(state)
             yield module, replacement
-
-    def _count_dense(self) -> None:
-        """Self-attention that nobody has a say in."""
-        tokens = self.call.tokens
-        if not isinstance(tokens, Unclear):
-            calls = sum(site.role is Role.VIDEO_SELF for _, site in self.call.sites)
-            pairs = float(calls * tokens.total**2)
-            self.call.count_pairs(Role.VIDEO_SELF, pairs, pairs)
 
 
 # What torch.compile makes of a forward has nothing to gain from it.

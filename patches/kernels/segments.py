@@ -91,6 +91,19 @@ class Segments:
             )
         return self._pairs[rows]
 
+    def narrowed(self, other: Segments) -> Segments:
+        """What is seen here and in `other`, of the same queries and keys."""
+        if self.is_dense:
+            return other
+        parts = []
+        for one in self.parts:
+            for two in other.parts:
+                start, stop = max(one.start, two.start), min(one.stop, two.stop)
+                if start < stop:
+                    both = ((max(a, c), min(b, d)) for a, b in one.keys for c, d in two.keys)
+                    parts.append(Segment(start, stop, tuple(sorted((a, b) for a, b in both if a < b))))
+        return Segments(tuple(sorted(parts, key=lambda part: part.start)), self.total)
+
     @cached_property
     def interior(self) -> Interior | None:
         """The longest run of equally large segments, each in the middle of a key range that moves with it, if any.

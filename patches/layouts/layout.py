@@ -146,6 +146,11 @@ class Layout(ABC):
         return ()
 
     @property
+    def is_perturbed(self) -> bool:
+        """Whether a guider has told this pass anything of the kind."""
+        return False
+
+    @property
     def context_frames(self) -> tuple[int, ...] | None:
         """The latent frames of the clip that this forward sees, if it is one of ComfyUI's context windows."""
         return None
@@ -194,6 +199,6 @@ class Layout(ABC):
         """What this forward computes for one cond, given so many tokens of text."""
         return UNCLEAR
 
-    def flops(self, work: Work) -> float:
-        """FLOPs of the blocks; asked only for what `work` has told."""
-        raise NotImplementedError
+    def flops(self, work: Work) -> float | Unclear:
+        """FLOPs of the blocks."""
+        return UNCLEAR

@@ -13,7 +13,7 @@ import torch
 
 from ..kernels.segments import take
 from ..kernels.tokens import Ranges, VideoTokens
-from .layout import NO_OPTIONS, NO_VIDEO, UNCLEAR_QUERY, Layout, Site, Stream, Unclear
+from .layout import NO_OPTIONS, NO_VIDEO, UNCLEAR, UNCLEAR_QUERY, Layout, Site, Stream, Unclear
 from .role import Role
 from .work import PER_FRAME, VIDEO, Work
 
@@ -162,6 +162,10 @@ class LtxLayout(Layout):
         return self._pass_options
 
     @property
+    def is_perturbed(self) -> bool:
+        return any(option is not None for option in self._pass_options)
+
+    @property
     def context_frames(self) -> tuple[int, ...] | None:
         frames = getattr(self._context, "index_list", None)
         return None if frames is None else tuple(frames)
@@ -269,8 +273,9 @@ class LtxLayout(Layout):
         sound = self._shapes[1][2] if len(self._shapes) > 1 else 0
         return Work(tokens, len(self.blocks), text_tokens, sound)
 
-    def flops(self, work: Work) -> float:
-        return flops(self._model, work) or 0.0
+    def flops(self, work: Work) -> float | Unclear:
+        total = flops(self._model, work)
+        return UNCLEAR if total is None else total
 
 
 def is_ltx(model: Any) -> bool:
@@ -335,12 +340,11 @@ def frames_a_latent(model: Any) -> int | None:
 
 
 def flops(model: Any, work: Work) -> float | None:
-    """FLOPs of the transformer blocks, as PyTorch's counter counts them; None if the model is unknown."""
-    if not is_ltx(model):
+    """FLOPs of the transformer blocks, as PyTorch's counter counts them; None if the model is unknown, or its parts are."""
+    sizes = _sizes(model.transformer_blocks[0]) if is_ltx(model) else None
+    if sizes is None:
         return None
     count = {VIDEO: work.tokens.total, AUDIO: work.audio_tokens, TEXT: work.text_tokens}
-    # Blocks of these models are all alike.
-    sizes = _sizes(model.transformer_blocks[0])
     total = 0
     for block in range(work.blocks):
         for name, (of_queries, of_keys, width) in sizes.items():
@@ -355,8 +359,11 @@ def flops(model: Any, work: Work) -> float | None:
     return total
 
 
-def _sizes(block: torch.nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Weights of a block's sub-modules that each query token goes through, each key token, and the width of attention."""
+def _sizes(block: torch.nn.Module) -> dict[str, tuple[int, int, int]] | None:
+    """Weights of a block's sub-modules that each query token goes through, each key token, and the width of attention.
+
+    Blocks of these models are all alike. None where another pack has put something of its own into them.
+    """
     sizes = {}
     for name in PARTS:
         module = getattr(block, name, None)
@@ -368,7 +375,9 @@ def _sizes(block: torch.nn.Module) -> dict[str, tuple[int, int, int]]:
             if hasattr(linear, "in_features")
         }
         of_keys = sum(size for path, size in weights.items() if path.endswith(OF_KEYS))
-        width = module.to_q.out_features if name in ROLES else 0
+        width = getattr(getattr(module, "to_q", None), "out_features", 0)
+        if bool(width) != (name in ROLES):
+            return None
         sizes[name] = sum(weights.values()) - of_keys, of_keys, width
     return sizes
 

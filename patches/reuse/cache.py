@@ -252,7 +252,7 @@ class Cache:
 class Lookup:
     """One forward: a hit, in which entries are reused (`reason` is None), or a full one, and then perhaps one to store.
 
-    piece: bytes of one stored value. obstacle: why a hit had to compute something, if not for want of room.
+    obstacle: why a hit had to compute something, if not for want of room.
     backend: ComfyUI's attention functions when the forward began.
     """
 
@@ -266,7 +266,6 @@ class Lookup:
     computed: int = 0
     stored: int = 0
     refused: int = 0
-    piece: int = 0
     obstacle: str = CACHE_FULL
     backend: object = None
     exchanged: int = 0

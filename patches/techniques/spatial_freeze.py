@@ -187,7 +187,9 @@ class Freezing(State):
         lookup = self.cache.look_up(key, call.step, call.sigma, call.evaluation)
         lookup.backend = backend.in_force()
         call[self] = lookup
-        return {} if lookup.reason is None or lookup.is_stored else lookup.reason
+        # Blocks whose attention is exchanged are learned of wherever it happens, be it before the range.
+        is_watched = bool(call.replaced_blocks) or call.layout.is_perturbed
+        return {} if lookup.reason is None or lookup.is_stored or is_watched else lookup.reason
 
     def called(self, call: Call, error: BaseException | None) -> list[str | None]:
         lookup: Lookup | None = call.get(self)
@@ -197,7 +199,7 @@ class Freezing(State):
             self.cache.drop(lookup.found)
             return []
         self.cache.make_ready(lookup.step, self._bytes_of_a_value(call))
-        return lookup.finish() if lookup.is_hit or lookup.is_stored else []
+        return lookup.finish() if self in call.acting else []
 
     def _bytes_of_a_value(self, call: Call) -> int:
         """What one stored value of such a forward takes; 0 if it cannot be told."""

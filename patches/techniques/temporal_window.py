@@ -11,6 +11,7 @@ from ..clock import Schedule
 from ..kernels.segments import Segments
 from ..kernels.tokens import VideoTokens
 from ..kernels.window import window_segments
+from ..layouts.layout import Unclear
 from ..layouts.role import Role
 from ..layouts.work import Work
 from ..settings import Whole, setting
@@ -64,10 +65,10 @@ class Windowing(State):
     technique: TemporalWindow
 
     def call(self, call: Call) -> Mapping[str, Any] | str:
-        tokens = call.tokens
-        if isinstance(tokens, VideoTokens) and self.technique.covers(tokens):
-            return WINDOW_COVERS_CLIP
-        return super().call(call)
+        reply, tokens = super().call(call), call.tokens
+        if isinstance(reply, str) or isinstance(tokens, Unclear):
+            return reply
+        return WINDOW_COVERS_CLIP if self.technique.covers(tokens) else reply
 
     def see(self, segments: Segments, attention: AttentionCall) -> Segments | str:
         own, tokens, site = self.technique, attention.tokens, attention.site
@@ -77,4 +78,4 @@ class Windowing(State):
             return WINDOW_COVERS_CLIP
         if attention.rows.start >= tokens.offsets[-1]:
             return GUIDE_QUERIES
-        return window_segments(tokens, own.window, own.sink_frames)
+        return segments.narrowed(window_segments(tokens, own.window, own.sink_frames))
