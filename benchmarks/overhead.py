@@ -151,12 +151,12 @@ def main() -> None:
     device, steps = options.device, options.steps
     clip = ltx2.Clip(options.frames, *options.size, sounds_for=max(97, options.frames))
     settings = [Setting("", STOCK, lambda model: model)]
-    for path in options.pack:
-        name = path.resolve().name
+    for number, path in enumerate(folder.resolve() for folder in options.pack):
         module = runtime.PACK
-        if path.resolve() != HERE.parent:
-            module = comfyui_tree.load_pack(f"custom_nodes {name}", path.resolve()).__name__
-        settings += settings_of(name, module, clip)
+        if path != HERE.parent:
+            # Folders of one name are packs of their own.
+            module = comfyui_tree.load_pack(f"custom_nodes pack {number}", path).__name__
+        settings += settings_of(path.name, module, clip)
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "none (CPU)",
         "torch": torch.__version__,
