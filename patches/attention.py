@@ -35,9 +35,9 @@ class Forward:
     states: Mapping[Role, Sequence[State]]
 
     @staticmethod
-    def of(call: Call, states: Sequence[State]) -> Forward:
+    def of(call: Call) -> Forward:
         hooks = ("see", "attend", "backend")
-        having = [state for state in states if any(overrides(state, hook) for hook in hooks)]
+        having = [state for state in call.acting if any(overrides(state, hook) for hook in hooks)]
         roles = {role for state in having for role in state.technique.roles}
         call.awaiting.update(state for state in having if state.technique.roles)
         return Forward(call, {role: [s for s in having if role in s.technique.roles] for role in roles})

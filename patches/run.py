@@ -150,8 +150,8 @@ class Run:
         if call.is_unwatched and not isinstance(call.tokens, Unclear):
             # Self-attention that nobody has a say in, in the blocks that were computed.
             calls = sum(site.role is Role.VIDEO_SELF for _, site in call.sites)
-            pairs = float((calls if price is None else price.blocks) * call.tokens.total**2)
-            call.count_pairs(Role.VIDEO_SELF, pairs, pairs)
+            dense = float((calls if price is None else price.blocks) * call.tokens.total**2)
+            call.count_pairs(Role.VIDEO_SELF, dense, dense)
         with self._lock:
             self._awaiting |= call.awaiting
             self._reached |= call.reached

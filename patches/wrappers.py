@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -39,7 +39,7 @@ except ImportError:  # Older releases stream weights without queues.
 logger = logging.getLogger(__name__)
 
 # Beside the call itself, for DIFFUSION_MODEL: options are looked into by torch.compile, and copied by anybody.
-CURRENT: ContextVar[Acting | None] = ContextVar("frame_thrift_call", default=None)
+CURRENT: ContextVar[Call | None] = ContextVar("frame_thrift_call", default=None)
 
 
 def _outer_sample(
@@ -79,12 +79,14 @@ def _outer_sample(
 
     def keeping(*given: Any, **named: Any) -> Any:
         last[:] = [named.get("x0", given[1] if len(given) > 1 else None)]
-        return callback(*given, **named) if callback is not None else None
+        return callback(*given, **named)
 
+    # Where nobody listens, no x0 lands anywhere.
+    listener = None if callback is None else keeping
     finished = False
     try:
         output = executor(
-            noise, latent_image, sampler, sigmas, denoise_mask, keeping, disable_pbar, seed, **kwargs
+            noise, latent_image, sampler, sigmas, denoise_mask, listener, disable_pbar, seed, **kwargs
         )
         finished = True
         _note_output(run, model, output, last, kwargs.get("latent_shapes"))
@@ -239,7 +241,7 @@ def _carried_out(run: Run, begin: Callable[[], Call], compute: Callable[[dict[st
         failed = call.error = error
     # Outside of the handler, whose traceback holds on to what the failed forward had made.
     try:
-        if not any([state.relieve(call) for state in run.states]):
+        if not _relieved(run, call):
             raise failed
     finally:
         call.error = failed = None
@@ -250,13 +252,22 @@ def _carried_out(run: Run, begin: Callable[[], Call], compute: Callable[[dict[st
     return _attempt(run, begin(), compute)
 
 
+def _relieved(run: Run, call: Call) -> bool:
+    """Whether any of the states could let go of something; each is asked."""
+    try:
+        return sum(state.relieve(call) for state in run.states) > 0
+    except Exception:
+        logger.exception("FrameThrift: a technique could not let go of what it has stored")
+        return False
+
+
 def _attempt(run: Run, call: Call, compute: Callable[[dict[str, Any]], Any]) -> Any:
     before = CURRENT.get()
     try:
-        acting = Acting.of(run, call)
-        CURRENT.set(acting)
-        with acting.bound():
-            output = compute(acting.changes)
+        changes = _ask(run, call)
+        CURRENT.set(call)
+        with _bound(call):
+            output = compute(changes)
     except BaseException as error:
         for state in run.states:
             _let_go(state, call, error)
@@ -278,56 +289,47 @@ def _let_go(state: State, call: Call, error: BaseException) -> None:
         logger.exception("FrameThrift: %s could not let go of a forward", state.technique.name)
 
 
-@dataclass(frozen=True)
-class Acting:
-    """The states that have not declined a forward, and the arguments that it is told instead."""
+def _ask(run: Run, call: Call) -> dict[str, Any]:
+    """Who declines the forward, and the arguments that it is told instead by those who do not."""
+    changes: dict[str, Any] = {}
+    for state in run.states:
+        roles = state.technique.roles
+        reply = call.tokens.reason if roles and isinstance(call.tokens, Unclear) else state.call(call)
+        if not isinstance(reply, str):
+            call.acting.append(state)
+            changes |= reply
+            if reply:
+                call.count(state, None)
+        elif state.technique.unit == ATTENTION_CALLS:
+            call.count(state, reply, sum(site.role in roles for _, site in call.sites))
+        else:
+            call.count(state, reply)
+    return changes
 
-    call: Call
-    states: list[State]
-    changes: dict[str, Any]
 
-    @staticmethod
-    def of(run: Run, call: Call) -> Acting:
-        states: list[State] = call.acting
-        changes: dict[str, Any] = {}
-        for state in run.states:
-            roles = state.technique.roles
-            reply = call.tokens.reason if roles and isinstance(call.tokens, Unclear) else state.call(call)
-            if not isinstance(reply, str):
-                states.append(state)
-                changes |= reply
-                if reply:
-                    call.count(state, None)
-            elif state.technique.unit == ATTENTION_CALLS:
-                call.count(state, reply, sum(site.role in roles for _, site in call.sites))
-            else:
-                call.count(state, reply)
-        return Acting(call, states, changes)
+def _bound(call: Call) -> AbstractContextManager[None]:
+    """Everything that those who act put over modules, the first stage outermost."""
+    attention = Forward.of(call)
+    call.is_unwatched = Role.VIDEO_SELF not in attention.states
+    having = [state for state in call.acting if overrides(state, "modules")]
+    if not attention.states and not having:
+        return nullcontext()
+    return shadowed(chain(attention.shadows(), *(_modules(call, state) for state in reversed(having))))
 
-    def bound(self) -> AbstractContextManager[None]:
-        """Everything that the states put over modules, the first stage outermost."""
-        attention = Forward.of(self.call, self.states)
-        self.call.is_unwatched = Role.VIDEO_SELF not in attention.states
-        having = [state for state in self.states if overrides(state, "modules")]
-        if not attention.states and not having:
-            return nullcontext()
-        return shadowed(chain(attention.shadows(), *(self._modules(state) for state in reversed(having))))
 
-    def _modules(self, state: State) -> Iterator[tuple[torch.nn.Module, Replacement]]:
-        for module, replacement in state.modules(self.call):
-            self.call.shadowing.add(state)
-            yield module, replacement
+def _modules(call: Call, state: State) -> Iterator[tuple[torch.nn.Module, Replacement]]:
+    for module, replacement in state.modules(call):
+        call.shadowing.add(state)
+        yield module, replacement
 
 
 # What torch.compile makes of a forward has nothing to gain from it.
 @torch.compiler.disable(recursive=False)
 def _diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """The same forward behind ComfyUI's own last changes of options."""
-    acting = CURRENT.get()
-    if acting is not None:
-        changes = {
-            name: value for state in acting.states for name, value in state.forward(acting.call).items()
-        }
+    call = CURRENT.get()
+    if call is not None:
+        changes = {name: value for state in call.acting for name, value in state.forward(call).items()}
         for given in (*args, *kwargs.values()):
             if changes and isinstance(given, dict) and PLAN in given:
                 given.update(changes)

@@ -8,10 +8,12 @@ import threading
 import weakref
 
 import comfy.model_management
+import comfy.nested_tensor
+import comfy.samplers
 import pytest
 import torch
 from reference import close, equal
-from tiny_models import FAMILIES, TEXT_TOKENS, build_model, noise_like, sample
+from tiny_models import FAMILIES, TEXT_TOKENS, build_model, conditioning, noise_like, sample
 
 
 def is_untouched(model, pack):
@@ -216,3 +218,142 @@ def test_torch_compile_beside_us(windowed, last_run):
     result = sample(compiled)
     assert last_run(compiled)["taken"] == 6
     assert close(result, plain)
+
+
+class Telling(comfy.samplers.Sampler):
+    """Euler's steps, and a callback that is told what it likes."""
+
+    def __init__(self, tell):
+        self.tell = tell
+
+    def sample(self, model, sigmas, extra_args, callback, noise, *args, **kwargs):
+        x = noise * sigmas[0]
+        for step in range(len(sigmas) - 1):
+            denoised = model(x, sigmas[step] * x.new_ones([x.shape[0]]), **extra_args)
+            callback(step, self.tell(denoised), x, len(sigmas) - 1)
+            x = x + (denoised - x) * (1 - sigmas[step + 1] / sigmas[step])
+        return x
+
+
+@pytest.mark.parametrize("tell", [lambda x0: None, lambda x0: [x0], lambda x0: "nothing"])
+def test_a_sampler_that_tells_no_x0_loses_no_run(tell, windowed, pack):
+    model = windowed(build_model())
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning(), conditioning(seed=7))
+    noise, sigmas = noise_like(), torch.linspace(1, 0, 4)
+    out = guider.sample(
+        noise,
+        torch.zeros_like(noise),
+        Telling(tell),
+        sigmas,
+        callback=lambda *_: None,
+        disable_pbar=True,
+        seed=3,
+    )
+    assert out.isfinite().all()
+    record = pack("patches.mount").journal_of(model).records()[-1]
+    assert record["finished"] and len(record["output"]["samples"]) == 1 and "x0" not in record["output"]
+
+
+def test_callbacks_by_keyword_and_latents_of_two_parts(windowed, pack):
+    """As other packs call and wrap outer_sample."""
+    model, seen = windowed(build_model()), []
+
+    def wrap(executor, noise, latent, sampler, sigmas, mask, callback, *args, **kwargs):
+        callback(step=0, x0=noise, x=noise, total_steps=3)
+        out = executor(noise, latent, sampler, sigmas, mask, callback, *args, **kwargs)
+        return comfy.nested_tensor.NestedTensor((out, out * 2))
+
+    model.add_wrapper_with_key("outer_sample", "others", wrap)
+    out = sample(model, callback=lambda step, x0, x, total_steps: seen.append(step))
+    assert seen == [0, 0, 1, 2] and len(out) == 2
+    output = pack("patches.mount").journal_of(model).records()[-1]["output"]
+    assert output["samples"] == pack("patches.journal").fingerprints(out) and output["x0"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modules_of_others_cost_no_run(family, windowed, frozen, pack):
+    """An attention that cannot be priced, as one with q, k and v in one."""
+    model = build_model(family)
+
+    class Other(torch.nn.Module):
+        def __init__(self, inside):
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, *args, **kwargs):
+            return self.inside(*args, **kwargs)
+
+    expected = sample(windowed(frozen(model)), family)
+    for block in model.model.diffusion_model.transformer_blocks:
+        block.attn2 = Other(block.attn2)
+    ours = windowed(frozen(model))
+    assert equal(sample(ours, family), expected)
+    assert pack("patches.mount").journal_of(ours).records()[-1]["work_share"] is None
+
+
+@pytest.mark.parametrize("start_percent", [0.0, 0.5])
+def test_attention_that_is_never_reached_is_said_whatever_else_was_declined(start_percent, windowed, caplog):
+    """A function of another pack that calls a kernel past ComfyUI; the window's range begins later by default."""
+    model = build_model()
+    clone = model.clone()
+    for index, block in enumerate(model.model.diffusion_model.transformer_blocks):
+        clone.add_object_patch(
+            f"diffusion_model.transformer_blocks.{index}.attn1.forward",
+            lambda x, *args, module=block.attn1, **kwargs: module.to_out(module.to_v(x)),
+        )
+    ours = windowed(clone, start_percent=start_percent)
+    with caplog.at_level(logging.INFO):
+        assert equal(sample(ours), sample(clone))
+    said = [r for r in caplog.records if r.getMessage().startswith("FrameThrift")]
+    assert [r.levelname for r in said] == ["WARNING"]
+    assert "never reached" in said[0].getMessage() and "attn1.forward (×3)" in said[0].getMessage()
+
+
+@pytest.mark.parametrize("ends", ["normally", "with an error"])
+def test_runs_and_their_tensors_need_no_collector(ends, windowed, frozen, pack, monkeypatch):
+    wrappers, runs, timesteps = pack("patches.wrappers"), [], []
+
+    class Watched(wrappers.Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            runs.append(weakref.ref(self))
+
+        def begin_step(self, timestep):
+            timesteps.append(weakref.ref(timestep))
+            return super().begin_step(timestep)
+
+    def stop(step, x0, x, total):
+        if ends != "normally" and step == 1:
+            raise RuntimeError("stop")
+
+    monkeypatch.setattr(wrappers, "Run", Watched)
+    ours = windowed(frozen(build_model()))
+    gc.collect()
+    gc.disable()
+    try:
+        caught = None
+        try:
+            sample(ours, callback=stop)
+        except RuntimeError as error:
+            caught = error
+        assert runs and timesteps and all(ref() is None for ref in timesteps)
+        assert (caught is None) is (ends == "normally")
+        assert caught is not None or runs[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_window_before_whose_range_blocks_are_frozen(windowed, frozen, pack):
+    """Self-attention that was never computed counts neither way, be the window in its range or not."""
+
+    for start_percent in (0.0, 0.85):
+        ours = windowed(frozen(build_model()), start_percent=start_percent)
+        sample(ours, sigmas=torch.linspace(1, 0, 9), cfg=1.0)
+        record = pack("patches.mount").journal_of(ours).records()[-1]
+        steps = {name: entry["steps"] for name, entry in record["techniques"].items()}
+        full = [step for step in range(8) if step not in steps["spatial freeze"]]
+        # Frames see three of nine.
+        narrow = [step for step in full if step in steps["temporal window"]]
+        assert len(full) == 4 and (len(narrow) == 4) is (start_percent == 0.0) and narrow
+        assert record["attention_share"] == pytest.approx(1 - len(narrow) / len(full) * 2 / 3)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from freezing import SIGMAS
-from reference import close, equal, set_slot
+from reference import close, equal, masked_model, set_slot
 from tiny_models import FAMILIES, FORMS, build_model, conditioning, noise_like, sample
 
 TEXT = 5
@@ -374,6 +374,72 @@ def test_one_that_asks_for_memory_and_frees_it(made, State, windowed, entry, cap
     again.add_wrapper_with_key("diffusion_model", "run out", run_out)
     with pytest.raises(torch.OutOfMemoryError):
         sample(again)
+
+
+@pytest.mark.parametrize("hook", ["called", "relieve"])
+def test_one_that_cannot_let_go_hides_no_error(hook, made, State):
+    class Broken(State):
+        def called(self, call, error):
+            if error is not None and hook == "called":
+                raise ValueError("mine")
+            return []
+
+        def relieve(self, call):
+            raise ValueError("mine")
+
+    def run_out(executor, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    ours = made(build_model(), "broken", 40, Broken)
+    ours.add_wrapper_with_key("diffusion_model", "run out", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(ours)
+
+
+def test_one_whose_record_fails_costs_no_run(made, State, pack):
+    class Broken(State):
+        def record(self):
+            raise ValueError("mine")
+
+    model = build_model()
+    ours = made(model, "broken", 40, Broken)
+    assert equal(sample(ours), sample(model)) and not pack("patches.mount").journal_of(ours).records()
+
+
+def test_stages_narrow_what_those_before_them_left(made, State, windowed, pack):
+    """Before the window somebody hides the last frame from all others: nobody sees it, whatever the window shows."""
+    model, seen, kernel = build_model(), [], pack("patches.kernels.segments")
+
+    class Hiding(State):
+        def see(self, segments, attention):
+            *_, start, stop = attention.tokens.offsets
+            parts = kernel.Segment(0, start, ((0, start),)), kernel.Segment(start, stop, ((0, stop),))
+            return segments.narrowed(kernel.Segments(parts, stop))
+
+    class Looking(State):
+        def see(self, segments, attention):
+            seen.append(segments)
+            return segments
+
+    ours = made(
+        made(windowed(model, sink_frames=1), "hiding", 15, Hiding, ["VIDEO_SELF"]),
+        "looking",
+        30,
+        Looking,
+        ["VIDEO_SELF"],
+    )
+    visible = torch.zeros(54, 54, dtype=torch.bool)
+    for frame in range(9):
+        low = min(max(frame - 1, 0), 6)
+        for other in {0, low, low + 1, low + 2}:
+            if other < 8 or frame == 8:
+                visible[6 * frame : 6 * frame + 6, 6 * other : 6 * other + 6] = True
+    assert close(sample(ours), sample(masked_model(model, visible)))
+    assert not close(sample(ours), sample(windowed(model, sink_frames=1)))
+    for segments in seen:
+        for part in segments.parts:
+            columns = {column for a, b in part.keys for column in range(a, b)}
+            assert columns == set(visible[part.start].nonzero()[:, 0].tolist())
 
 
 def test_options_that_change_behind_those_of_comfyui(made, State, entry):
