@@ -6,8 +6,8 @@
 LTXAVModel with 48 blocks and random bf16 weights, and a clip of one latent frame, where a GPU waits for Python. 24 Euler
 steps without CFG, sampled through ComfyUI: stock, the first setting, stock, the second one, and so on. A setting's time is
 compared with the mean of the two stock runs around it, so that drift cancels; stock itself is one of the settings and tells
-how far such a comparison can be trusted. Times of a step lie between two of the sampler's callbacks. `--pack`: checkouts
-to measure instead of this one, of any commit; all in one process.
+how far such a comparison can be trusted. Times of a step lie between two of the sampler's callbacks; of those of a run the
+lower quartile counts. `--pack`: checkouts to measure instead of this one, of any commit; all in one process.
 
 `hooks_ms` is what of a step passes within the pack's own wrappers, by Python's clock and without what they wrap, in a run
 of its own. It holds whatever they wait for the GPU, and not what they put over modules.
@@ -85,16 +85,16 @@ class Ticks:
         self.all.append(event)
 
     def milliseconds(self) -> float:
-        """The median time from one to the next."""
-        pairs = zip(self.all, self.all[1:], strict=False)
-        if not self.is_cuda:
-            return statistics.median((b - a) * 1000 for a, b in pairs)
-        torch.cuda.synchronize()
-        return statistics.median(a.elapsed_time(b) for a, b in pairs)
+        """The time from one to the next that three of four exceed: what others do on the machine comes on top of it."""
+        pairs = list(zip(self.all, self.all[1:], strict=False))
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        times = [a.elapsed_time(b) if self.is_cuda else (b - a) * 1000 for a, b in pairs]
+        return statistics.quantiles(times, n=4)[0] if len(times) > 1 else times[0]
 
 
 def step_ms(model: Any, clip: ltx2.Clip, steps: int, device: str) -> tuple[float, Any]:
-    """Median milliseconds of a step after the first, and the samples."""
+    """Milliseconds of a step after the first, and the samples."""
     ticks = Ticks(device)
     torch.manual_seed(0)
     samples = ltx2.sample(model, clip, steps, device, ticks)
@@ -128,7 +128,9 @@ def hooks_ms(setting: Setting, model: Any, clip: ltx2.Clip, steps: int, device: 
 
 
 def is_same(one: Any, other: Any) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.unbind(), other.unbind(), strict=True))
+    """Random weights of 48 blocks may lead anywhere: a NaN is as good as another."""
+    pairs = zip(one.unbind(), other.unbind(), strict=True)
+    return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in pairs)
 
 
 def main() -> None:

@@ -103,6 +103,30 @@ def test_the_same_calls_are_perturbed_with_and_without_freeze(family, scope, fro
     assert ("ATTENTION_EXCHANGED" in record(ours.model_patcher)["declined"]) is (scope != "spatial attention")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_that_was_perturbed_before_the_range_stays_fresh_within_it(family, frozen, record):
+    class Early(Perturbing):
+        """Perturbs in the first step only, as guiders with a schedule do."""
+
+        def predict_noise(self, x, timestep, model_options, seed=None):
+            if float(timestep.flatten()[0]) > 0.95:
+                return super().predict_noise(x, timestep, model_options, seed)
+            positive = self.evaluate("positive", x, timestep, model_options)
+            negative = self.evaluate("negative", x, timestep, model_options)
+            return negative + 2 * (positive - negative)
+
+    model = build_model(family)
+    counted = Counted(model, "attn1.to_q")
+    guider = Early(counted.watch(frozen(model, start_percent=0.9, forecast="hold")))
+    run(guider, family)
+    told = record(guider.model_patcher)
+    first = told["steps"][0] - 1
+    assert first > 0 and told["taken"] == 2 * len(told["steps"])
+    assert told["declined"]["ATTENTION_EXCHANGED"] == told["taken"]
+    # Three blocks in three passes, then in two; frozen ones compute the flagged block.
+    assert counted.by_step() == [9, *(2 if step in told["steps"] else 6 for step in range(1, 8))]
+
+
 @pytest.mark.parametrize("place", ["gpu", "cpu"])
 @pytest.mark.parametrize("scope", EVERY)
 def test_perturbed_passes_keep_no_memory_of_a_block(scope, place, frozen, record, pack, monkeypatch):
