@@ -1,24 +1,24 @@
-"""What the pack costs where it does nothing: a step with every technique mounted and none acting, against stock.
+"""What the pack costs where it does nothing: steps with every technique mounted and none acting, beside stock ones.
 
-    python benchmarks/overhead.py [--out FILE] [--pack PATH ...] [--rounds 5] [--seconds 480]
-    python benchmarks/overhead.py --device cpu --blocks 2 --steps 4 --rounds 2    # for a look
+    python benchmarks/overhead.py [--out FILE] [--pack PATH ...] [--rounds 3] [--steps 96] [--seconds 480]
+    python benchmarks/overhead.py --device cpu --blocks 2 --steps 8 --rounds 1    # for a look
 
-LTXAVModel with 48 blocks and random bf16 weights, and a clip of one latent frame, where a GPU waits for Python. 24 Euler
-steps without CFG, sampled through ComfyUI: stock, the first setting, stock, the second one, and so on. A setting's time is
-compared with the mean of the two stock runs around it, so that drift cancels; stock itself is one of the settings and tells
-how far such a comparison can be trusted. Times of a step lie between two of the sampler's callbacks; of those of a run the
-lower quartile counts. `--pack`: checkouts to measure instead of this one, of any commit; all in one process.
-
-`hooks_ms` is what of a step passes within the pack's own wrappers, by Python's clock and without what they wrap, in a run
-of its own. It holds whatever they wait for the GPU, and not what they put over modules.
+LTXAVModel with 48 blocks and random bf16 weights, and a clip of one latent frame, where a GPU waits for Python. Euler
+without CFG, sampled through ComfyUI. In one and the same run every other step is stock: a wrapper around ours hands it options
+without us. So both see the same machine at the same time, which others use, too. Times of a step lie between two of the
+sampler's callbacks; a ratio is that of the medians, and its interval comes from drawing the pairs of neighbouring steps
+again (2.5 to 97.5 %). A run of stock alone, split the same way, tells how far that can be trusted. `--pack`: checkouts to
+measure instead of this one, of any commit; all in one process.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import logging
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -41,6 +41,7 @@ import comfyui_tree
 # Sampling ends at a noise level of 0.5, long before that.
 LATE = {"start_percent": 0.99, "end_percent": 1.0}
 WINDOW = {"window": 1, "sink_frames": 0, "dense_blocks": 0}
+OURS = "frame_thrift"
 STOCK, OUTSIDE, COVERED = "stock", "all three outside their range", "window that covers the clip"
 
 
@@ -84,53 +85,46 @@ class Ticks:
         event.record()
         self.all.append(event)
 
-    def milliseconds(self) -> float:
-        """The time from one to the next that three of four exceed: what others do on the machine comes on top of it."""
-        pairs = list(zip(self.all, self.all[1:], strict=False))
+    def milliseconds(self) -> list[float]:
+        """From each to the next."""
         if self.is_cuda:
             torch.cuda.synchronize()
-        times = [a.elapsed_time(b) if self.is_cuda else (b - a) * 1000 for a, b in pairs]
-        return statistics.quantiles(times, n=4)[0] if len(times) > 1 else times[0]
+        pairs = zip(self.all, self.all[1:], strict=False)
+        return [a.elapsed_time(b) if self.is_cuda else (b - a) * 1000 for a, b in pairs]
 
 
-def step_ms(model: Any, clip: ltx2.Clip, steps: int, device: str) -> tuple[float, Any]:
-    """Milliseconds of a step after the first, and the samples."""
+def alternating(model: Any) -> Any:
+    """A clone whose every other step, from the first on, is stock."""
+    clone, count = model.clone(), itertools.count()
+
+    def wrapper(
+        executor: Any, x: Any, timestep: Any, model_options: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if next(count) % 2 == 0:
+            options = {
+                k: v for k, v in model_options["transformer_options"].items() if not k.startswith(OURS)
+            }
+            wrappers = options.get("wrappers", {})
+            options["wrappers"] = {
+                kind: {key: each for key, each in keyed.items() if key != OURS}
+                for kind, keyed in wrappers.items()
+            }
+            model_options = {**model_options, "transformer_options": options}
+        return executor(x, timestep, model_options, *args, **kwargs)
+
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "alternating", wrapper)
+    mine = clone.wrappers[WrappersMP.PREDICT_NOISE]
+    clone.wrappers[WrappersMP.PREDICT_NOISE] = {"alternating": mine.pop("alternating"), **mine}
+    return clone
+
+
+def pairs_of(model: Any, clip: ltx2.Clip, steps: int, device: str) -> list[tuple[float, float]]:
+    """Milliseconds of neighbouring steps (stock, ours), without the first of the run, whose times are its own."""
     ticks = Ticks(device)
     torch.manual_seed(0)
-    samples = ltx2.sample(model, clip, steps, device, ticks)
-    return ticks.milliseconds(), samples
-
-
-def hooks_ms(setting: Setting, model: Any, clip: ltx2.Clip, steps: int, device: str) -> float:
-    """Mean milliseconds of a step between wrappers right outside of the pack's and wrappers right inside of them."""
-    spent = 0.0
-
-    def timed(sign: int) -> Callable[..., Any]:
-        def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
-            nonlocal spent
-            begun = time.perf_counter()
-            try:
-                return executor(*args, **kwargs)
-            finally:
-                spent += sign * (time.perf_counter() - begun)
-
-        return wrapper
-
-    kinds = (WrappersMP.PREDICT_NOISE, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
-    outer = model.clone()
-    for kind in kinds:
-        outer.add_wrapper_with_key(kind, "outside", timed(1))
-    inner = setting.mounted(outer).clone()
-    for kind in kinds:
-        inner.add_wrapper_with_key(kind, "inside", timed(-1))
-    step_ms(inner, clip, steps, device)
-    return spent / steps * 1000
-
-
-def is_same(one: Any, other: Any) -> bool:
-    """Random weights of 48 blocks may lead anywhere: a NaN is as good as another."""
-    pairs = zip(one.unbind(), other.unbind(), strict=True)
-    return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in pairs)
+    ltx2.sample(alternating(model), clip, steps, device, ticks)
+    times = ticks.milliseconds()[1:]
+    return list(zip(times[::2], times[1::2], strict=False))
 
 
 def main() -> None:
@@ -139,8 +133,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=HERE / "overhead.json")
     parser.add_argument("--pack", type=Path, nargs="+", default=[HERE.parent], help="checkouts of the pack")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--frames", type=int, default=1, help="video frames of the clip")
     parser.add_argument("--size", type=int, nargs=2, default=(896, 512), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--seconds", type=float, default=480, help="start no round that would end later")
@@ -167,47 +161,43 @@ def main() -> None:
         "clip": clip.name,
         "steps": steps,
     }
+    rows: list[dict[str, Any]] = [
+        {"pack": setting.pack, "setting": setting.name, "pairs": []} for setting in settings
+    ]
     with torch.inference_mode():
         stock = ltx2.build_ltx2(device, blocks=options.blocks)
         models = [setting.mounted(stock) for setting in settings]
-        _, expected = step_ms(stock, clip, steps, device)
-        rows: list[dict[str, Any]] = []
-        for setting, model in zip(settings, models, strict=True):
-            _, samples = step_ms(model, clip, 2, device)
-            rows.append({"pack": setting.pack, "setting": setting.name, "stock_ms": [], "ours_ms": []})
-            rows[-1]["hooks_ms"] = hooks_ms(setting, stock, clip, steps, device)
-        for _ in range(options.rounds):
+        for number in range(options.rounds):
             round_begin = time.monotonic()
-            before, _ = step_ms(stock, clip, steps, device)
             for row, model in zip(rows, models, strict=True):
-                ours, samples = step_ms(model, clip, steps, device)
-                after, _ = step_ms(stock, clip, steps, device)
-                row["stock_ms"].append((before + after) / 2)
-                row["ours_ms"].append(ours)
-                row["same_bits"] = row.get("same_bits", True) and is_same(samples, expected)
-                before = after
-            report["rows"] = [summed_up(row) for row in rows]
+                row["pairs"] += pairs_of(model, clip, steps, device)
+                row |= summed_up(row["pairs"])
+            report["rows"], report["rounds"] = rows, number + 1
             options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             if 2 * time.monotonic() - round_begin > begin + options.seconds:
                 break
     print(table(report))
 
 
-def summed_up(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its ratios, one a round, and the middle and the ends of them."""
-    ratios = [ours / stock for ours, stock in zip(row["ours_ms"], row["stock_ms"], strict=True)]
-    ends = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-    return {**row, "ratios": ratios, **ends}
+def summed_up(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    """The medians of both, their ratio, and the interval of it."""
+    generator = random.Random(0)
+    drawn = sorted(ratio(generator.choices(pairs, k=len(pairs))) for _ in range(1000))
+    stock, ours = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return {"stock_ms": stock, "ours_ms": ours, "ratio": ours / stock, "low": drawn[25], "high": drawn[974]}
+
+
+def ratio(pairs: list[tuple[float, float]]) -> float:
+    stock, ours = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return ours / stock
 
 
 def table(report: dict[str, Any]) -> str:
     """Markdown, one row per pack and setting."""
-    out = ["| pack | setting | stock | step of stock | lowest to highest | own hooks | same bits |"]
-    out.append("|---" * 7 + "|")
+    out = ["| pack | setting | pairs | stock step | step of stock | interval |", "|---" * 6 + "|"]
     for row in report["rows"]:
-        cells = [row["pack"], row["setting"], f"{statistics.median(row['stock_ms']):.1f} ms"]
-        cells += [f"{row['median']:.2%}", f"{row['lowest']:.2%} to {row['highest']:.2%}"]
-        cells += [f"{row['hooks_ms']:.2f} ms", str(row["same_bits"])]
+        cells = [row["pack"], row["setting"], str(len(row["pairs"])), f"{row['stock_ms']:.1f} ms"]
+        cells += [f"{row['ratio']:.2%}", f"{row['low']:.2%} to {row['high']:.2%}"]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
 
