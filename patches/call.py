@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,6 +97,18 @@ class Step:
         return self.clock.step_at(self.sigma) if self.clock.steps else -1
 
 
+class Sites(tuple[tuple[torch.nn.Module, Site], ...]):
+    """Every attention module of a model with its place."""
+
+    @cached_property
+    def _by_role(self) -> Counter[Role]:
+        return Counter(site.role for _, site in self)
+
+    def count_of(self, roles: Iterable[Role]) -> int:
+        """How many there are of these roles."""
+        return sum(self._by_role[role] for role in roles)
+
+
 @dataclass(eq=False)
 class Call:
     """One forward of one batch of conds. What techniques have to remember of it lies here, each under its own State.
@@ -107,6 +120,7 @@ class Call:
     """
 
     layout: Layout
+    sites: Sites
     clock: SigmaClock
     sigma: float
     evaluation: int
@@ -157,10 +171,6 @@ class Call:
     def step(self) -> int:
         """The step of the schedule, counted from 0; -1 without a schedule."""
         return self.clock.step_at(self.sigma) if self.clock.steps else -1
-
-    @cached_property
-    def sites(self) -> list[tuple[torch.nn.Module, Site]]:
-        return list(self.layout.sites())
 
     @cached_property
     def _tokens(self) -> VideoTokens | Unclear:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .call import Call, Sampling, Step
+from .call import Call, Sampling, Sites, Step
 from .clock import SigmaClock
 from .journal import Record
-from .layouts.layout import Unclear
+from .layouts.layout import Layout, Unclear
 from .layouts.role import Role
 from .layouts.work import VIDEO
 from .plan import Plan
@@ -91,6 +91,7 @@ class Run:
         self._pairs: dict[Role, list[float]] = {}
         self._work = [0.0, 0.0]
         self._prices: dict[Any, Price | None] = {}
+        self._sites: dict[int, Sites] = {}
         self._awaiting: set[State] = set()
         self._reached: set[State] = set()
         self._memory = PeakMemory(device or torch.device("cpu"))
@@ -144,12 +145,18 @@ class Run:
             for technique in self.plan:
                 self._count(technique.name, reason, 1, self._newest)
 
+    def sites_of(self, model: torch.nn.Module, layout: Layout) -> Sites:
+        """Looked for once: modules stay where they are while a run lasts."""
+        if id(model) not in self._sites:
+            self._sites[id(model)] = Sites(layout.sites())
+        return self._sites[id(model)]
+
     def absorb(self, call: Call) -> None:
         """What became of a forward that came to its end."""
         price = self._price(call)
         if call.is_unwatched and not isinstance(call.tokens, Unclear):
             # Self-attention that nobody has a say in, in the blocks that were computed.
-            calls = sum(site.role is Role.VIDEO_SELF for _, site in call.sites)
+            calls = call.sites.count_of([Role.VIDEO_SELF])
             dense = float((calls if price is None else price.blocks) * call.tokens.total**2)
             call.count_pairs(Role.VIDEO_SELF, dense, dense)
         with self._lock:

@@ -21,7 +21,7 @@ from .attention import Forward
 from .call import Call, Load, Room, replaced_blocks
 from .journal import fingerprints, journal_of
 from .layouts import read_layout, stream_of
-from .layouts.layout import Layout, Unclear
+from .layouts.layout import Unclear
 from .layouts.role import Role
 from .plan import PLAN, plan_in
 from .run import Run
@@ -212,22 +212,29 @@ def _apply_model(
         plan_in(options), (), executor.class_obj.model_sampling.percent_to_sigma
     )
     run.count_forward()
-    layout = read_layout(executor.class_obj.diffusion_model, x, options, conds)
+    diffusion_model = executor.class_obj.diffusion_model
+    layout = read_layout(diffusion_model, x, options, conds)
     if isinstance(layout, Unclear):
         run.decline_forward(layout.reason)
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
-    sigma = float(options.get("sigmas", t).flatten()[0])
-
-    def begin(known: Layout) -> Call:
-        text = tuple(c_crossattn.shape) if isinstance(c_crossattn, torch.Tensor) else None
-        return Call(
-            known, run.clock, sigma, run.evaluations, tuple(x.shape), x.dtype, x.device, text, options
-        )
+    begin = partial(
+        Call,
+        layout,
+        run.sites_of(diffusion_model, layout),
+        run.clock,
+        sigma=float(options.get("sigmas", t).flatten()[0]),
+        evaluation=run.evaluations,
+        shape=tuple(x.shape),
+        dtype=x.dtype,
+        device=x.device,
+        text=tuple(c_crossattn.shape) if isinstance(c_crossattn, torch.Tensor) else None,
+        options=options,
+    )
 
     def compute(changes: dict[str, Any]) -> Any:
         return executor(x, t, c_concat, c_crossattn, control, options, **{**conds, **changes})
 
-    return _carried_out(run, partial(begin, layout), compute)
+    return _carried_out(run, begin, compute)
 
 
 def _carried_out(run: Run, begin: Callable[[], Call], compute: Callable[[dict[str, Any]], Any]) -> Any:
@@ -301,7 +308,7 @@ def _ask(run: Run, call: Call) -> dict[str, Any]:
             if reply:
                 call.count(state, None)
         elif state.technique.unit == ATTENTION_CALLS:
-            call.count(state, reply, sum(site.role in roles for _, site in call.sites))
+            call.count(state, reply, call.sites.count_of(roles))
         else:
             call.count(state, reply)
     return changes

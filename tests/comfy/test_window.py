@@ -114,6 +114,7 @@ def test_dense_blocks_stay_dense(windowed, last_run):
         "described": "±1 latent frames, 0 sink, 1 dense blocks at each end",
         "unit": "attention calls",
         "is_expected": False,
+        "is_reached": True,
         "steps": [0, 1, 2],
         "taken": 6,
         "declined": {"DENSE_BLOCK": 6},
