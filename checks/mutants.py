@@ -153,8 +153,8 @@ MUTANTS = [
     ),
     Mutant(
         "counts of a failed forward kept",
-        "            state.called(call, error)\n        raise\n",
-        "            state.called(call, error)\n        run.absorb(call)\n        raise\n",
+        "            _let_go(state, call, error)\n        raise\n",
+        "            _let_go(state, call, error)\n        run.absorb(call)\n        raise\n",
         ("tests/comfy/test_techniques.py::test_one_that_asks_for_memory_and_frees_it",),
     ),
     Mutant(

@@ -261,11 +261,13 @@ def _carried_out(run: Run, begin: Callable[[], Call], compute: Callable[[dict[st
 
 def _relieved(run: Run, call: Call) -> bool:
     """Whether any of the states could let go of something; each is asked."""
-    try:
-        return sum(state.relieve(call) for state in run.states) > 0
-    except Exception:
-        logger.exception("FrameThrift: a technique could not let go of what it has stored")
-        return False
+    has_freed = False
+    for state in run.states:
+        try:
+            has_freed |= state.relieve(call)
+        except Exception:
+            logger.exception("FrameThrift: %s could not let go of what it has stored", state.technique.name)
+    return has_freed
 
 
 def _attempt(run: Run, call: Call, compute: Callable[[dict[str, Any]], Any]) -> Any:
