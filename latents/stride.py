@@ -17,8 +17,7 @@ import torch
 FRAMES_A_LATENT = 8
 NOTE = "frame_thrift_stride"
 DEFAULT_STRIDE, LARGEST_STRIDE = 2, 8
-# Frames a second: the highest full rate, and a low one below which weights differ.
-HIGHEST_RATE = 1000.0
+# Frames a second below which weights differ.
 SAFE_RATE = 20.0
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,6 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..latents import pixels
 from ..latents.stride import (
-    DEFAULT_STRIDE,
-    HIGHEST_RATE,
-    LARGEST_STRIDE,
     StrideNote,
     low_rate,
     refuse_strided,
@@ -20,11 +17,13 @@ from ..latents.stride import (
 from ..patches import layouts
 from ..patches.mount import mount, plan_of
 from ..patches.techniques.keyframe_stride import StretchedTimes
+from .form import field
 
 
 class KeyframeStride(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        settings = StretchedTimes.settings()
         return io.Schema(
             node_id="KeyframeStride",
             display_name="Keyframe Stride",
@@ -49,26 +48,21 @@ class KeyframeStride(io.ComfyNode):
                         "latent is given the low length by hand."
                     ),
                 ),
-                io.Int.Input(
+                field(
+                    settings,
                     "stride",
-                    default=DEFAULT_STRIDE,
-                    min=1,
-                    max=LARGEST_STRIDE,
-                    tooltip=(
+                    (
                         "One frame in so many is diffused. 2 halves the cost; larger saves more and leaves more of "
                         "the motion to the in-betweening. 1 changes nothing."
                     ),
                 ),
-                io.Float.Input(
+                field(
+                    settings,
                     "frame_rate",
-                    default=0.0,
-                    min=0.0,
-                    max=HIGHEST_RATE,
-                    step=0.01,
-                    optional=True,
-                    tooltip=(
+                    (
                         "The full frame rate, the same as in the conditioning, to hand on the low one. 0 = not given."
                     ),
+                    optional=True,
                 ),
                 io.Vae.Input(
                     "vae",
