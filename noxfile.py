@@ -23,7 +23,7 @@ PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 TORCH = ["torch<2.15", "torchvision", "torchaudio"]
 TYPED = ["patches", "latents", "nodes", "checks"]
 # What also runs on the oldest ComfyUI release; its tree on the registry has no server.
-IN_PROCESS = ["tests/kernels", "tests/latents", "tests/layouts", "tests/patches", "tests/comfy"]
+IN_PROCESS = [f"tests/{room}" for room in ("kernels", "latents", "layouts", "patches", "reuse", "comfy")]
 OLDEST = "0.9.2"
 # A file is one worker's, so that its models are built, and its server is started, once.
 IN_PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
