@@ -70,7 +70,7 @@ def test_one_that_does_nothing_sees_the_segments_as_the_window_left_them(made, S
 def slots(change):
     """In the override slot: `change(q, k, v, mask, role)` of every attention call, for a reference."""
 
-    def override(func, q, k, v, heads, *args, mask=None, **kwargs):
+    def override(func, q, k, v, heads, mask=None, *args, **kwargs):
         role = "VIDEO_SELF" if q.shape[1] == k.shape[1] else "VIDEO_TEXT"
         return change(partial(func, heads=heads, **kwargs), q, k, v, mask, role)
 
@@ -257,7 +257,7 @@ class Kept:
             dim = next((dim for dim in (1, 2) if value.ndim > dim and value.shape[dim] == self.total), None)
             return value if dim is None else value.index_select(dim, rows)
         if hasattr(value, "expand_for_computation") and value.expand().shape[1] == self.total:
-            return type(value)(value.expand().index_select(1, rows), None)
+            return type(value)(value.expand().index_select(1, rows), 1)
         return value
 
     def forward(self, original, rows, stream, **kwargs):
