@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,20 +27,33 @@ UNCHANGED = "UNCHANGED"
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
+class Say(NamedTuple):
+    """Who has a say in the attention of one role, all of them and by hook, in the order of stages."""
+
+    states: list[State]
+    see: list[State]
+    attend: list[State]
+    backend: list[State]
+
+
 @dataclass(frozen=True)
 class Forward:
-    """What is the same for every attention call of one forward: who has a say in which, in the order of stages."""
+    """What is the same for every attention call of one forward."""
 
     call: Call
-    states: Mapping[Role, Sequence[State]]
+    says: Mapping[Role, Say]
 
     @staticmethod
     def of(call: Call) -> Forward:
-        hooks = ("see", "attend", "backend")
-        having = [state for state in call.acting if any(overrides(state, hook) for hook in hooks)]
-        roles = {role for state in having for role in state.technique.roles}
-        call.awaiting.update(state for state in having if state.technique.roles)
-        return Forward(call, {role: [s for s in having if role in s.technique.roles] for role in roles})
+        says: dict[Role, Say] = {}
+        for state in call.acting:
+            hooks = [hook for hook in ("see", "attend", "backend") if overrides(state, hook)]
+            for role in state.technique.roles if hooks else ():
+                say = says.setdefault(role, Say([], [], [], []))
+                for having in (say.states, *(getattr(say, hook) for hook in hooks)):
+                    having.append(state)
+                call.awaiting.add(state)
+        return Forward(call, says)
 
     def shadows(self) -> Iterator[tuple[torch.nn.Module, Replacement]]:
         """Puts the plan on top of whatever else handles attention, for the duration of one forward.
@@ -50,29 +63,29 @@ class Forward:
         whatever time, ends up below us. Blocks that another pack has rewritten may call attention themselves,
         so there the slot is filled for the whole block.
         """
-        if not self.states:
+        if not self.says:
             return
         blocks = [(index, inner(block)) for index, block in enumerate(self.call.layout.blocks)]
         rewritten = {index: block for index, block in blocks if is_rewritten(block)}
         for module, site in self.call.sites:
-            if site.role in self.states:
+            if site.role in self.says:
                 yield module, partial(_forward_module, self, site, module)
             elif site.block in rewritten:
                 yield module, _forward_other_module
-        if Role.VIDEO_SELF in self.states:
+        if Role.VIDEO_SELF in self.says:
             modules = {site.block: module for module, site in self.call.sites if site.role is Role.VIDEO_SELF}
             for index, block in rewritten.items():
                 site = Site(Role.VIDEO_SELF, index, len(blocks))
                 yield block, partial(_forward_rewritten_block, self, site, modules.get(index))
 
-    def reach(self, role: Role) -> Sequence[State]:
+    def reach(self, role: Role) -> Say:
         """Those who have a say in an attention call that has come."""
-        states = self.states[role]
-        self.call.reached.update(states)
-        return states
+        say = self.says[role]
+        self.call.reached.update(say.states)
+        return say
 
     def decline(self, role: Role, reason: str) -> None:
-        for state in self.reach(role):
+        for state in self.reach(role).states:
             self.call.count(state, reason)
 
 
@@ -220,23 +233,21 @@ def _read(
 class _Attending:
     """What several techniques make of one attention call, and what became of each."""
 
-    def __init__(self, states: Sequence[State]) -> None:
-        self.states = states
+    def __init__(self, say: Say) -> None:
+        self.say = say
         self.outcomes: dict[State, str | None] = {}
 
     def output(self, attention: AttentionCall, innermost: Compute) -> torch.Tensor:
-        for state in self.states:
-            if overrides(state, "see"):
-                seen = state.see(attention.segments, attention)
-                if isinstance(seen, str):
-                    self._note(state, seen)
-                else:
-                    self._note(state, UNCHANGED if seen is attention.segments else None)
-                    attention.segments = seen
+        for state in self.say.see:
+            seen = state.see(attention.segments, attention)
+            if isinstance(seen, str):
+                self._note(state, seen)
+            else:
+                self._note(state, UNCHANGED if seen is attention.segments else None)
+                attention.segments = seen
         inner: Attend = partial(self._execute, innermost)
-        for state in reversed(self.states):
-            if overrides(state, "attend"):
-                inner = partial(self._around, state, "attend", inner)
+        for state in reversed(self.say.attend):
+            inner = partial(self._around, state, "attend", inner)
         out = inner(attention)
         for state, reason in self.outcomes.items():
             attention.call.count(state, reason)
@@ -245,9 +256,7 @@ class _Attending:
     def _execute(self, innermost: Compute, attention: AttentionCall) -> torch.Tensor:
         rows, segments = attention.rows, attention.segments
         attention.count_pairs(segments.pairs(rows))
-        compute = innermost
-        if any(overrides(state, "backend") for state in self.states):
-            compute = partial(self._compute, attention, innermost)
+        compute = partial(self._compute, attention, innermost) if self.say.backend else innermost
         return attend_batched(attention.q, attention.k, attention.v, attention.mask, rows, segments, compute)
 
     def _compute(
@@ -265,9 +274,8 @@ class _Attending:
             return innermost(piece.q, piece.k, piece.v, piece.mask)
 
         chain: Attend = inner
-        for state in reversed(self.states):
-            if overrides(state, "backend"):
-                chain = partial(self._around, state, "backend", chain)
+        for state in reversed(self.say.backend):
+            chain = partial(self._around, state, "backend", chain)
         return chain(replace(attention, q=q, k=k, v=v, mask=mask))
 
     def _around(self, state: State, hook: str, inner: Attend, attention: AttentionCall) -> torch.Tensor:

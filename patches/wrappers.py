@@ -319,9 +319,9 @@ def _ask(run: Run, call: Call) -> dict[str, Any]:
 def _bound(call: Call) -> AbstractContextManager[None]:
     """Everything that those who act put over modules, the first stage outermost."""
     attention = Forward.of(call)
-    call.is_unwatched = Role.VIDEO_SELF not in attention.states
+    call.is_unwatched = Role.VIDEO_SELF not in attention.says
     having = [state for state in call.acting if overrides(state, "modules")]
-    if not attention.states and not having:
+    if not attention.says and not having:
         return nullcontext()
     return shadowed(chain(attention.shadows(), *(_modules(call, state) for state in reversed(having))))
 
