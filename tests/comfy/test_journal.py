@@ -49,6 +49,7 @@ def test_fingerprints_are_of_what_lands_in_the_latent(family, has_mask, sigmas, 
     mask = torch.ones(1, 1, 9, 2, 3)
     mask[:, :, 0] = 0
     output, denoised = sampled(ours, family, sigmas, **({"noise_mask": mask} if has_mask else {}))
+    assert records(ours)[-1]["techniques"]["temporal window"]["taken"] == 3 * (len(sigmas) - 1)
     told = records(ours)[-1]["output"]
     assert told == {"samples": fingerprints(parts(output)), "x0": fingerprints(parts(denoised))}
     assert len(told["samples"]) == (2 if family == "ltxav" else 1)
@@ -109,10 +110,11 @@ def test_an_interrupted_run_has_a_record_without_output(windowed, records):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(ours, callback=stop)
     told = records(ours)[-1]
-    assert not told["finished"] and told["output"] == {} and len(told["by_step"]) == 2
+    assert not told["finished"] and told["output"] == {} and len(told["by_step"]) == told["forwards"] == 2
 
 
-def test_a_callback_of_the_sampler_still_comes(windowed):
-    seen = []
-    sample(windowed(build_model()), callback=lambda step, x0, x, total: seen.append((step, x0.shape, total)))
+def test_a_callback_of_the_sampler_still_comes(windowed, last_run):
+    seen, ours = [], windowed(build_model())
+    sample(ours, callback=lambda step, x0, x, total: seen.append((step, x0.shape, total)))
+    assert last_run(ours)["taken"] == 9
     assert seen == [(step, (1, 128, 9, 2, 3), 3) for step in range(3)]

@@ -253,6 +253,7 @@ def test_a_sampler_that_tells_no_x0_loses_no_run(tell, windowed, pack):
     assert out.isfinite().all()
     record = pack("patches.mount").journal_of(model).records()[-1]
     assert record["finished"] and len(record["output"]["samples"]) == 1 and "x0" not in record["output"]
+    assert record["techniques"]["temporal window"]["taken"] == 9
 
 
 def test_callbacks_by_keyword_and_latents_of_two_parts(windowed, pack):
@@ -267,7 +268,9 @@ def test_callbacks_by_keyword_and_latents_of_two_parts(windowed, pack):
     model.add_wrapper_with_key("outer_sample", "others", wrap)
     out = sample(model, callback=lambda step, x0, x, total_steps: seen.append(step))
     assert seen == [0, 0, 1, 2] and len(out) == 2
-    output = pack("patches.mount").journal_of(model).records()[-1]["output"]
+    record = pack("patches.mount").journal_of(model).records()[-1]
+    output = record["output"]
+    assert record["techniques"]["temporal window"]["taken"] == 9
     assert output["samples"] == pack("patches.journal").fingerprints(out) and output["x0"]
 
 
@@ -289,7 +292,8 @@ def test_modules_of_others_cost_no_run(family, windowed, frozen, pack):
         block.attn2 = Other(block.attn2)
     ours = windowed(frozen(model))
     assert equal(sample(ours, family), expected)
-    assert pack("patches.mount").journal_of(ours).records()[-1]["work_share"] is None
+    record = pack("patches.mount").journal_of(ours).records()[-1]
+    assert record["work_share"] is None and all(entry["taken"] for entry in record["techniques"].values())
 
 
 @pytest.mark.parametrize("start_percent", [0.0, 0.5])
@@ -340,6 +344,8 @@ def test_runs_and_their_tensors_need_no_collector(ends, windowed, frozen, pack, 
         assert runs and timesteps and all(ref() is None for ref in timesteps)
         assert (caught is None) is (ends == "normally")
         assert caught is not None or runs[0]() is None
+        forwards = pack("patches.mount").journal_of(ours).records()[-1]["forwards"]
+        assert forwards == (3 if ends == "normally" else 2)
     finally:
         gc.enable()
 

@@ -377,7 +377,7 @@ def test_one_that_asks_for_memory_and_frees_it(made, State, windowed, entry, cap
 
 
 @pytest.mark.parametrize("hook", ["called", "relieve"])
-def test_one_that_cannot_let_go_hides_no_error(hook, made, State):
+def test_one_that_cannot_let_go_hides_no_error(hook, made, State, caplog):
     class Broken(State):
         def called(self, call, error):
             if error is not None and hook == "called":
@@ -394,16 +394,20 @@ def test_one_that_cannot_let_go_hides_no_error(hook, made, State):
     ours.add_wrapper_with_key("diffusion_model", "run out", run_out)
     with pytest.raises(torch.OutOfMemoryError):
         sample(ours)
+    assert "broken could not let go" in caplog.text
 
 
 def test_one_whose_record_fails_costs_no_run(made, State, pack):
     class Broken(State):
+        def attend(self, attention, inner):
+            return inner(attention) * 0.5
+
         def record(self):
             raise ValueError("mine")
 
     model = build_model()
-    ours = made(model, "broken", 40, Broken)
-    assert equal(sample(ours), sample(model)) and not pack("patches.mount").journal_of(ours).records()
+    ours = made(model, "broken", 40, Broken, ["VIDEO_SELF"])
+    assert not equal(sample(ours), sample(model)) and not pack("patches.mount").journal_of(ours).records()
 
 
 def test_stages_narrow_what_those_before_them_left(made, State, windowed, pack):
