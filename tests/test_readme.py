@@ -318,3 +318,16 @@ def test_what_the_readme_says_about_frozen_steps(pack):
         f"{loss:.1f}" <= ("0.6" if name.startswith("whole blocks") else "0.8")
         for (name, _), loss in lost.items()
     ), "README: 0.6 and 0.8 dB"
+
+
+def test_what_the_readme_says_about_overhead(pack):
+    folder = pack.root / "benchmarks"
+    text = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    stock, *ours = json.loads((folder / "overhead.json").read_text())["rows"]
+    now, before = ([f"{row['hooks_ms']:.1f}" for row in rows] for rows in (ours[:2], ours[2:]))
+    spread = f"{stock['ratio']:.1%} ({stock['low'] * 100:.1f} to {stock['high'] * 100:.1f})".replace(
+        "%", " %", 1
+    )
+    assert f"stock against itself came out at {spread}" in text
+    assert f"{now[0]} and {now[1]} ms of a step of {stock['stock_ms']:.0f} ms" in text
+    assert f"the commit before took {before[0]} and {before[1]} ms" in text

@@ -53,8 +53,27 @@ class Stream:
     is_alone: bool
 
 
+# What a family tells of together: half of it would break off in the middle of a run.
+TOGETHER = {
+    "has_other_streams": ("given_video", "returned_video", "obstacle_beside_video", "beside_video"),
+    "cut": ("put_back",),
+}
+
+
 class Layout(ABC):
-    """One model family's reading of one forward. Subclasses live beside this file."""
+    """One model family's reading of one forward. Subclasses live beside this file.
+
+    Raises TypeError, when it is defined, for a family that tells half of what stands in `TOGETHER`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for told, others in TOGETHER.items():
+            lacking = [name for name in others if getattr(cls, name) is getattr(Layout, name)]
+            if lacking and getattr(cls, told) is not getattr(Layout, told):
+                raise TypeError(
+                    f"{cls.__name__}: a layout that tells {told} tells {', '.join(lacking)}, too."
+                )
 
     @property
     @abstractmethod

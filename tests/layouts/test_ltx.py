@@ -122,3 +122,11 @@ def test_query_slices_are_known_by_their_mask(read):
     # The same numbers of rows without the mask that says so are not guessed at.
     for count, mask in [(8, None), (8, whole.noisy_mask.clone()), (5, None), (7, None)]:
         assert rows(count, mask).reason == "UNCLEAR_QUERY"
+
+
+@pytest.mark.parametrize(
+    ("told", "lacking"), [("has_other_streams", "given_video, returned_video"), ("cut", "put_back")]
+)
+def test_a_family_that_tells_half_is_refused_before_any_run(told, lacking, pack):
+    with pytest.raises(TypeError, match=f"tells {told} tells {lacking}"):
+        type("Half", (pack("patches.layouts.layout").Layout,), {told: lambda self, *_: False})
