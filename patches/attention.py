@@ -11,7 +11,9 @@ import torch
 
 from . import backend
 from .call import OVERRIDE, Attend, AttentionCall, Call
+from .kernels.coarse import attend_masked, attend_merged
 from .kernels.segments import Segments, attend_batched
+from .kernels.split_softmax import has_lse
 from .kernels.tokens import VideoTokens
 from .layouts.layout import NO_OPTIONS, Site, Unclear
 from .layouts.role import Role
@@ -196,7 +198,8 @@ def _override(
         return below(q, k, v, given["heads"], mask=mask, **rest)
 
     pairs = given["q"].shape[-2] * given["k"].shape[-2]
-    attention = _read(forward.call, site, module_mask, given, is_foreign=OVERRIDE in options)
+    is_foreign = OVERRIDE in options or backend.of_checkpoint(module) is not None
+    attention = _read(forward.call, site, module_mask, given, is_foreign)
     if isinstance(attention, Unclear):
         forward.decline(site.role, attention.reason)
         forward.call.count_pairs(site.role, pairs, pairs)
@@ -257,7 +260,12 @@ class _Attending:
         rows, segments = attention.rows, attention.segments
         attention.count_pairs(segments.pairs(rows))
         compute = partial(self._compute, attention, innermost) if self.say.backend else innermost
-        return attend_batched(attention.q, attention.k, attention.v, attention.mask, rows, segments, compute)
+        q, k, v, heads = attention.q, attention.k, attention.v, attention.heads
+        if not segments.is_coarse:
+            return attend_batched(q, k, v, attention.mask, rows, segments, compute)
+        if not self.say.backend and has_lse(q.device.type, q.dtype, q.shape[-1] // heads):
+            return attend_merged(q, k, v, heads, attention.scale, rows, segments)
+        return attend_masked(q, k, v, rows, segments, compute)
 
     def _compute(
         self,

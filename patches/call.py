@@ -249,7 +249,8 @@ def replaced_blocks(options: Mapping[str, Any]) -> Mapping[Any, Any]:
 class AttentionCall:
     """One attention call: q [B, rows, C], k and v [B, N, C], mask [..., 1 or rows, N].
 
-    rows: which of the queries' tokens `q` holds. segments: who sees whom. is_foreign: another pack computes it.
+    rows: which of the queries' tokens `q` holds. segments: who sees whom. is_foreign: another pack computes it, or
+    what the checkpoint brings itself.
     """
 
     call: Call

@@ -16,7 +16,12 @@ from .layouts.work import Work
 from .settings import Setting, check, settings_of
 
 FORWARDS, ATTENTION_CALLS, STEPS = "forwards", "attention calls", "steps"
+# Reasons to decline that several have.
 OUTSIDE_RANGE = "OUTSIDE_RANGE"
+DENSE_BLOCK = "DENSE_BLOCK"
+FOREIGN_OVERRIDE = "FOREIGN_OVERRIDE"
+GUIDE_QUERIES = "GUIDE_QUERIES"
+MASKED = "MASKED"
 
 Replacement = Callable[..., Any]
 

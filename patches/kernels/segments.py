@@ -12,6 +12,8 @@ from functools import cached_property, lru_cache
 
 import torch
 
+from .pooling import Coarse
+
 # Copied keys, and copied values, hold at most so many times the rows of the originals. With two, a block of
 # LTX still needs more memory in its feed-forward (hidden layer and activation, four times its input each).
 INTERLEAVED_ROWS = 2
@@ -23,15 +25,16 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None
 
 @dataclass(frozen=True)
 class Segment:
-    """Query tokens [start, stop) and the token ranges they see, ascending and disjoint."""
+    """Query tokens [start, stop), the token ranges they see, ascending and disjoint, and what they see as pooled."""
 
     start: int
     stop: int
     keys: tuple[tuple[int, int], ...]
+    coarse: tuple[Coarse, ...] = ()
 
     @property
     def key_count(self) -> int:
-        return sum(b - a for a, b in self.keys)
+        return sum(b - a for a, b in self.keys) + sum(coarse.key_count for coarse in self.coarse)
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,21 @@ class Segments:
     def queries(self) -> int:
         return self.parts[-1].stop
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.parts, self.total))
+
+    @cached_property
+    def is_coarse(self) -> bool:
+        """Whether anything is seen as pooled."""
+        return any(part.coarse for part in self.parts)
+
     @cached_property
     def is_dense(self) -> bool:
-        return all(part.key_count == self.total for part in self.parts)
+        return not self.is_coarse and all(part.key_count == self.total for part in self.parts)
 
     def pairs(self, rows: range) -> int:
         """Query-key pairs that are computed for the query tokens `rows`; dense attention has rows × total."""
@@ -92,9 +107,11 @@ class Segments:
         return self._pairs[rows]
 
     def narrowed(self, other: Segments) -> Segments:
-        """What is seen here and in `other`, of the same queries and keys."""
+        """What is seen here and in `other`, of the same queries and keys. Raises ValueError if anything is pooled."""
         if self.is_dense:
             return other
+        if self.is_coarse or other.is_coarse:
+            raise ValueError("segments: expected ranges of tokens, got pooled ones; narrow before you pool.")
         parts = []
         for one in self.parts:
             for two in other.parts:
@@ -110,7 +127,7 @@ class Segments:
 
         Their other key ranges are the same. Of runs of one length it is the first.
         """
-        if self.is_dense:
+        if self.is_dense or self.is_coarse:
             return None
         runs: list[Interior] = []
         seen: list[tuple[tuple[int, int], ...]] = [(), *(part.keys for part in self.parts), ()]
@@ -143,8 +160,9 @@ def attend_segments(
     """One call of `attend(q, k, v, mask)` per segment, or in all if each sees everything: right for every mask.
 
     `rows` says which tokens the rows of `q_BNC` are; `mask` [..., 1 or rows, total] is cut like queries and keys.
-    Returns [B, rows, C].
+    Returns [B, rows, C]. Pooled keys are the business of `coarse`.
     """
+    assert not segments.is_coarse
     if segments.is_dense:
         return attend(q_BNC, k_BNC, v_BNC, mask)
     parts = []

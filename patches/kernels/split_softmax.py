@@ -50,6 +50,13 @@ def merge(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: 
     return torch.lerp(out_b, out_a, share)
 
 
+def merge_into(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> None:
+    """The same, written over part a."""
+    share = torch.sigmoid(lse_b - lse_a)[..., None].to(out_a.dtype)
+    out_a.lerp_(out_b, share)
+    torch.logaddexp(lse_a, lse_b, out=lse_a)
+
+
 def own_frame(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, tokens: VideoTokens, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

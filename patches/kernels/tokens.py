@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 Ranges = tuple[tuple[int, int], ...]
@@ -15,12 +15,14 @@ class VideoTokens:
 
     Frames come first, latent frame t holding tokens `offsets[t]` to `offsets[t + 1]`; whatever follows up
     to `total` are guide and reference tokens. The first `anchors` frames stand outside the clip (a context
-    window repeats them from before its own start).
+    window repeats them from before its own start). `size` is the height and width of every frame, in tokens; None
+    where tokens were dropped from any.
     """
 
     offsets: tuple[int, ...]
     total: int
     anchors: int = 0
+    size: tuple[int, int] | None = None
 
     @property
     def frames(self) -> int:
@@ -36,18 +38,18 @@ class VideoTokens:
         offsets = tuple(accumulate((self.offsets[t + 1] - self.offsets[t] for t in chosen), initial=0))
         rows = [(self.offsets[t], self.offsets[t + 1]) for t in chosen] + [(self.offsets[-1], self.total)]
         anchors = sum(t < self.anchors for t in chosen)
-        return VideoTokens(offsets, offsets[-1] + self.guides, anchors), merged(rows)
+        return VideoTokens(offsets, offsets[-1] + self.guides, anchors, self.size), merged(rows)
 
     def thinned(self, frames: int) -> VideoTokens:
         """The order of the first so many frames, and of as much behind them as there is."""
-        return VideoTokens(self.offsets[: frames + 1], self.offsets[frames] + self.guides, self.anchors)
+        return replace(self, offsets=self.offsets[: frames + 1], total=self.offsets[frames] + self.guides)
 
     @staticmethod
     def grid(frames: int, height: int, width: int, guides: int = 0, anchors: int = 0) -> VideoTokens:
         """The order of a full T×h×w grid with `guides` tokens behind it."""
         per_frame = height * width
         offsets = tuple(range(0, frames * per_frame + 1, per_frame))
-        return VideoTokens(offsets, frames * per_frame + guides, anchors)
+        return VideoTokens(offsets, frames * per_frame + guides, anchors, (height, width))
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:

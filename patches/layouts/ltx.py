@@ -192,7 +192,8 @@ class LtxLayout(Layout):
             return Unclear(UNCLEAR_SHAPE)
         per_frame_kept = kept.view(-1, per_frame).sum(dim=1).tolist()
         offsets = tuple(accumulate(per_frame_kept[:frames], initial=0))
-        return VideoTokens(offsets, sum(per_frame_kept), self._anchors)
+        size = (height, width) if offsets[-1] == frames * per_frame else None
+        return VideoTokens(offsets, sum(per_frame_kept), self._anchors, size)
 
     def clip_frames(self) -> int | Unclear:
         total = getattr(self._context, "total_frames", None)

@@ -15,10 +15,8 @@ from ..layouts.layout import Unclear
 from ..layouts.role import Role
 from ..layouts.work import Work
 from ..settings import Whole, setting
-from ..technique import State, Technique
+from ..technique import DENSE_BLOCK, GUIDE_QUERIES, State, Technique
 
-DENSE_BLOCK = "DENSE_BLOCK"
-GUIDE_QUERIES = "GUIDE_QUERIES"
 WINDOW_COVERS_CLIP = "WINDOW_COVERS_CLIP"
 
 
