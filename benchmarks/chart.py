@@ -14,6 +14,7 @@ from report import PRICED_AS, groups
 
 MARKS = {
     "window": ("o", "tab:blue"),
+    "low rank": ("*", "tab:green"),
     "cache": ("s", "tab:orange"),
     "cache + window": ("D", "tab:purple"),
     "freeze: whole blocks, linear": ("P", "tab:pink"),

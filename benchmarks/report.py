@@ -77,6 +77,19 @@ SHORT_FREEZE = {
         "EasyCache 0.05",
     ),
 }
+LOW_RANK = (
+    "pooled 2, ±1",
+    "pooled 2, ±1, dense edge",
+    "pooled 2, ±1, dense edge, from 0.25",
+    "pooled 2, ±2, dense edge, from 0.25",
+    "pooled 2×2², ±1, dense edge, from 0.25",
+    "pooled 4, ±1, dense edge, from 0.25",
+    "pooled 2, ±1, dense edge, from 0.4",
+    "routed 0.1, dense edge, from 0.25",
+    "routed 0.3, dense edge, from 0.25",
+    "routed 0.5, dense edge, from 0.25",
+)
+SHORT_LOW_RANK = {TEACHER: LOW_RANK, STUDENT: LOW_RANK}
 PRICED_AS = {13: "121 f 1280×704", 25: "481 f 1280×704"}
 SIZES = {"97 f 896×512": "13×448", "121 f 1280×704": "16×880", "481 f 1280×704": "61×880"}
 
@@ -204,14 +217,33 @@ def stride_tables(report: dict[str, Any]) -> str:
     return chosen_tables(report, "stride and in-betweening", SHORT_STRIDES, columns)
 
 
+def low_rank_tables(report: dict[str, Any]) -> str:
+    """For the README: far frames through fewer keys, beside the window of the nearest FLOPs, too."""
+    columns = (("psnr", "PSNR dB", 1), ("frechet", "Fréchet", 1), ("drift", "drift", 4))
+    return chosen_tables(report, "low rank", SHORT_LOW_RANK, columns, with_window=True)
+
+
+def nearest_window(rows: list[dict[str, Any]], size: str, cost: float) -> dict[str, float]:
+    """Figures of the window whose FLOPs at this size are nearest; of several as near, that of the best PSNR."""
+    windows = [row for row in rows if row["definition"]["kind"] == "window" and "psnr" in row["figures"]]
+    return figures_of(
+        min(windows, key=lambda row: (round(abs(row["cost"][size] - cost), 2), -row["figures"]["psnr"]))
+    )
+
+
 def chosen_tables(
     report: dict[str, Any],
     title: str,
     names: Mapping[str, Iterable[str]],
     columns: tuple[tuple[str, str, int], ...],
+    with_window: bool = False,
 ) -> str:
-    """These rows of each model at each length, every figure with that of fewer steps at the same FLOPs in brackets."""
+    """These rows of each model at each length, every figure with that of fewer steps at the same FLOPs in brackets.
+
+    with_window: and behind it that of the window of the nearest FLOPs.
+    """
     out = []
+    beside = "fewer steps, window" if with_window else "fewer steps"
     distance = next(name for name, *_ in columns if name.startswith("frechet"))
     for model, frames, rows in groups(report):
         by_name = {row["row"]: row for row in rows}
@@ -228,16 +260,17 @@ def chosen_tables(
             f"{model.capitalize()}, {frames} latent frames, FLOPs at {SIZES[size]}; dense: {of_dense}; real clips: "
             f"Fréchet {real[distance]:.1f}, drift {real['drift']:.4f}",
             "",
-            f"| {title} | FLOPs | " + " | ".join(f"{label} (fewer steps)" for _, label, _ in columns) + " |",
+            f"| {title} | FLOPs | " + " | ".join(f"{label} ({beside})" for _, label, _ in columns) + " |",
             "|---" * (2 + len(columns)) + "|",
         ]
         for row in shown:
             cost, own = row["cost"][size], figures_of(row)
-            other = rival.of(row, cost)
+            others = [rival.of(row, cost)]
+            others += [nearest_window(rows, size, cost)] if with_window else []
             cells = [row["row"], f"{cost:.0%}"]
             for name, _, digits in columns:
-                beside = f"{other[name]:.{digits}f}" if name in other else "–"
-                cells.append(f"{own[name]:.{digits}f} ({beside})" if name in own else "–")
+                shown_beside = ", ".join(f"{o[name]:.{digits}f}" if name in o else "–" for o in others)
+                cells.append(f"{own[name]:.{digits}f} ({shown_beside})" if name in own else "–")
             out.append("| " + " | ".join(cells) + " |")
         out.append("")
     return "\n".join(out)
@@ -249,6 +282,7 @@ def order(row: dict[str, Any]) -> int:
         "fewer steps",
         "schedule",
         "window",
+        "low rank",
         "cache",
         "cache + window",
         "freeze",

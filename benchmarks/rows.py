@@ -196,6 +196,49 @@ def frozen(
     return Row(name, kind, nodes, models=models)
 
 
+def pooled(
+    near: int,
+    pool: int,
+    spatial: int = 1,
+    edge: int = 0,
+    start: float = 0.0,
+    beyond: int | None = None,
+) -> Row:
+    """ThriftLowRankAttention, far frames pooled; one sink. beyond: so far away twice as many, a variant of the node."""
+    inputs = {
+        "far": "pooled",
+        "near_frames": near,
+        "pool": pool,
+        "spatial_pool": spatial,
+        "sink_frames": 1,
+        "dense_blocks": edge,
+        "start_percent": start,
+        "end_percent": 1.0,
+    }
+    name = f"pooled {pool}" + (f"×{spatial}²" if spatial > 1 else "") + f", ±{near}"
+    name += (", dense edge" + (f" of {edge}" if edge > 1 else "")) if edge else ""
+    name += f", from {start:g}" if start else ""
+    if beyond is not None:
+        name += f", {2 * pool} beyond ±{beyond}"
+        return Row(name, "low rank", (("GrowingPool", {**inputs, "beyond": beyond}),))
+    return Row(name, "low rank", (("ThriftLowRankAttention", inputs),))
+
+
+def routed(keep: float, edge: int = 0, start: float = 0.0) -> Row:
+    """ThriftLowRankAttention, far frames routed; one sink."""
+    inputs = {
+        "far": "routed",
+        "keep": keep,
+        "sink_frames": 1,
+        "extra_tokens": 0,
+        "dense_blocks": edge,
+        "start_percent": start,
+        "end_percent": 1.0,
+    }
+    name = f"routed {keep:g}" + (", dense edge" if edge else "") + (f", from {start:g}" if start else "")
+    return Row(name, "low rank", (("ThriftLowRankAttention", inputs),))
+
+
 def cached(model: str, threshold: float, then: Row | None = None) -> Row:
     """Core's EasyCache, and behind it the nodes of another row."""
     inputs = {"reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
@@ -302,4 +345,16 @@ ROWS: tuple[Row, ...] = (
     ),
     frozen(ATTENTION, "hold", 0.0, 2, models=(STUDENT,)),
     *(frozen(ATTENTION, forecast, 0.2, 2, models=(STUDENT,)) for forecast in ("linear", "hold")),
+    *(
+        pooled(near, pool, spatial, edge, start)
+        for start in (0.25, 0.0)
+        for edge in (1, 0)
+        for spatial in (1, 2)
+        for pool in (2, 4)
+        for near in (1, 2)
+    ),
+    *(pooled(1, 2, edge=edge, start=start) for edge, start in ((1, 0.4), (2, 0.25), (2, 0.0))),
+    pooled(4, 2, edge=1, start=0.25),
+    *(pooled(1, 2, edge=1, start=start, beyond=4) for start in (0.25, 0.0)),
+    *(routed(keep, edge, start) for edge, start in ((1, 0.25), (0, 0.0)) for keep in (0.1, 0.3, 0.5)),
 )

@@ -11,6 +11,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 from rows import Row, Striding
+from variants import VARIANTS
 
 from tiny_ltx.captions import CAPTION_TOKENS, embed_captions
 from tiny_ltx.codec import Codec
@@ -33,7 +34,9 @@ def patch(pack: str, model: Any, nodes: Iterable[tuple[str, dict[str, Any]]]) ->
 
 
 def node_class(pack: str, name: str) -> Any:
-    """A node of this pack or of core, by its id."""
+    """A node of this pack, a variant of one, or a node of core, by its id."""
+    if name in VARIANTS:
+        return VARIANTS[name](pack)
     if name in CORE_NODES:
         module, kind = CORE_NODES[name]
         return getattr(importlib.import_module(module), kind)
