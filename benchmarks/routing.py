@@ -57,7 +57,16 @@ SHAPES = ((1, 4, 4), (2, 2, 4), (4, 2, 2), (8, 1, 2))
 
 HEADS, WIDTH = 32, 128
 FRAMES, FRAME = (16, 31, 61), (22, 40)
-TIMED: Settings = [(0.0, 0.5), (0.0, 0.75), (0.0, 1.0), (0.0, 1.3), (0.1, 0.0), (0.2, 0.0), (0.3, 0.0), (0.5, 0.0)]
+TIMED: Settings = [
+    (0.0, 0.5),
+    (0.0, 0.75),
+    (0.0, 1.0),
+    (0.0, 1.3),
+    (0.1, 0.0),
+    (0.2, 0.0),
+    (0.3, 0.0),
+    (0.5, 0.0),
+]
 CORE = {"tau": 1.3, "token_aug": 256}
 
 
@@ -121,62 +130,87 @@ def measure_errors(report: dict[str, Any], out: Path, lengths: tuple[int, ...]) 
         expected = len(STEPS) * len(model.model.diffusion_model.transformer_blocks)
         if len(calls) != expected:
             raise RuntimeError(f"expected {expected} calls of video self-attention, got {len(calls)}.")
-        for sinks, (name, packing), (keep, threshold) in (
-            (sinks, order, setting)
-            for sinks in (0, 1)
-            for order in orders(frames, sinks).items()
-            for setting in SETTINGS
-        ):
-            begun = time.monotonic()
-            found = [errors_of(call, packing, keep, threshold) for call in calls]
-            row = {
-                "frames": frames,
-                "sink_frames": sinks,
-                "order": name,
-                "keep": keep,
-                "threshold": threshold,
-                "kept": statistics.mean(each["kept"] for each in found),
-                "error": (sum(f["error"] for f in found) / sum(f["size"] for f in found)) ** 0.5,
-                "error_by_step": {
-                    step: (
-                        sum(f["error"] for f in found if f["step"] == step)
-                        / sum(f["size"] for f in found if f["step"] == step)
+        for sinks in (0, 1):
+            for name, packing in orders(frames, sinks).items():
+                begun = time.monotonic()
+                found = [errors_of(call, packing) for call in calls]
+                for setting in SETTINGS:
+                    row = {"frames": frames, "sink_frames": sinks, "order": name}
+                    row |= dict(zip(("keep", "threshold"), setting, strict=True))
+                    row |= summed_up([each[setting] for each in found], [call["step"] for call in calls])
+                    rows.append(row)
+                    print(
+                        f"{frames} {sinks} {name} {name_of(*setting)}: {row['kept']:.3f} {row['error']:.4f}"
                     )
-                    ** 0.5
-                    for step in STEPS
-                },
-            }
-            rows.append(row)
-            print(f"{frames} {sinks} {name} {name_of(keep, threshold)}: kept {row['kept']:.3f}, error "
-                  f"{row['error']:.4f}, {time.monotonic() - begun:.1f} s", flush=True)
-            report["error"] = {
-                "model": "teacher",
-                "clips": CLIPS,
-                "steps": STEPS,
-                "block": SMALL_BLOCK,
-                "torch": torch.__version__,
-                "comfyui": comfyui_version,
-                "rows": rows,
-            }
-            save(report, out)
+                print(f"{time.monotonic() - begun:.1f} s", flush=True)
+                report["error"] = {
+                    "model": "teacher",
+                    "clips": CLIPS,
+                    "steps": STEPS,
+                    "block": SMALL_BLOCK,
+                    "torch": torch.__version__,
+                    "comfyui": comfyui_version,
+                    "rows": rows,
+                }
+                save(report, out)
+
+
+def summed_up(found: list[tuple[float, float, float]], steps: list[int]) -> dict[str, Any]:
+    """Of many calls the mean of the share kept, and the relative error, of all and of each step."""
+
+    def relative(step: int | None = None) -> float:
+        errors, sizes, _ = zip(
+            *(one for one, at in zip(found, steps, strict=True) if step in (None, at)), strict=True
+        )
+        return (sum(errors) / sum(sizes)) ** 0.5
+
+    return {
+        "kept": statistics.mean(kept for *_, kept in found),
+        "error": relative(),
+        "error_by_step": {step: relative(step) for step in STEPS},
+    }
 
 
 @torch.inference_mode()
-def errors_of(call: dict[str, Any], packing: Any, keep: float, threshold: float) -> dict[str, Any]:
-    """Of one attention call: the squared error of its output, the squared size of that, the share kept exactly."""
-    heads, (q, k, v) = call["heads"], call["qkv"]
-    if "dense" not in call:
-        split = [rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v)]
-        call["dense"] = rearrange(F.scaled_dot_product_attention(*split), "b h n d -> b n (h d)")
-    got = routed.attend_reference(q, k, v, heads, None, packing, keep, threshold)
-    rows = [rearrange(packing.pack(x), "b n (h d) -> (b h) n d", h=heads) for x in (q, k)]
-    _, exact = routed.route(*rows, rows[0].shape[-1] ** -0.5, packing, keep, threshold)
-    return {
-        "step": call["step"],
-        "error": float((got - call["dense"]).double().square().sum()),
-        "size": float(call["dense"].double().square().sum()),
-        "kept": kept_share(packing, exact),
-    }
+def errors_of(call: dict[str, Any], packing: Any) -> dict[tuple[float, float], tuple[float, float, float]]:
+    """Of one attention call, by setting: the squared error of its output, the squared size of that, the share kept."""
+    q, k, v = (rearrange(packing.pack(x), "b n (h d) -> (b h) n d", h=call["heads"]) for x in call["qkv"])
+    dense, out = F.scaled_dot_product_attention(q, k, v).double(), {}
+    for setting, output, exact in attended(q, k, v, packing, SETTINGS):
+        error = (output.double() - dense).square().sum()
+        out[setting] = float(error), float(dense.square().sum()), kept_share(packing, exact)
+    return out
+
+
+def attended(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Any, settings: Settings
+) -> Iterator[tuple[tuple[float, float], torch.Tensor, torch.Tensor]]:
+    """What the reference gives for packed q, k and v [P, N, D], for many settings at little more than the price of one.
+
+    What every block of keys adds to the sums of every query is the same for all of them. Also gives what is exact.
+    """
+    block, scale = packing.block, q.shape[-1] ** -0.5
+    missing = packing.blocks * block - packing.total
+    sizes = routed.block_sizes(packing, q.device)
+    padded = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
+    q_rows, k_rows, v_rows = (rearrange(x, "p (n s) d -> p n s d", s=block) for x in padded)
+    middle = (k_rows.sum(2) / sizes[:, None]).mean(1)[:, None, None]
+    near = torch.einsum("pisd,pjtd->pisjt", q_rows, k_rows - middle) * scale
+    near[..., -1, block - missing :] = -torch.inf
+    score = routed.route(q, k, scale, packing, *settings[0])[0]
+    top = torch.maximum(near.amax((-1, -2)), score.amax(-1)[..., None])[..., None]
+    weights = near.sub_(top[..., None]).exp_()
+    near_sums, near_values = weights.sum(-1), torch.einsum("pisjt,pjtd->pisjd", weights, v_rows)
+    far_sums = (score[:, :, None] - top).exp() * sizes
+    means = v_rows.sum(2) / sizes[:, None]
+    for setting in settings:
+        exact = routed.route(q, k, scale, packing, *setting)[1]
+        is_near = exact[:, :, None].to(q.dtype)
+        far = far_sums * (1 - is_near)
+        values = torch.einsum("pisj,pisjd->pisd", is_near.expand_as(near_sums), near_values)
+        values += torch.einsum("pisj,pjd->pisd", far, means)
+        out = values / ((near_sums * is_near).sum(-1) + far.sum(-1))[..., None]
+        yield setting, out.flatten(1, 2)[:, : packing.total], exact
 
 
 def at_equal_error(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
@@ -271,7 +305,11 @@ def measure_times(report: dict[str, Any], out: Path, seconds: float, frames: tup
         works: list[tuple[str, dict[str, Any], Callable[[], Any]]] = [
             ("flash", {}, lambda q=q, k=k, v=v: flash(q, k, v)),
             ("frame-major, as core", dict(CORE), lambda q=q, k=k, v=v: as_core(q, k, v)),
-            ("order and back", {}, lambda q=q, k=k, v=v, p=packing: (p.pack(q), p.pack(k), p.pack(v), p.unpack(q))),
+            (
+                "order and back",
+                {},
+                lambda q=q, k=k, v=v, p=packing: (p.pack(q), p.pack(k), p.pack(v), p.unpack(q)),
+            ),
         ]
         for (keep, threshold), extra in [*((s, 0) for s in TIMED), ((0.0, 1.3), 256)]:
             settings = (keep, threshold, extra)
@@ -279,12 +317,19 @@ def measure_times(report: dict[str, Any], out: Path, seconds: float, frames: tup
                 (
                     "packed",
                     {"keep": keep, "threshold": threshold, "extra_tokens": extra},
-                    lambda q=q, k=k, v=v, p=packing, s=settings: routed.attend_routed(q, k, v, HEADS, None, p, *s),
+                    lambda q=q, k=k, v=v, p=packing, s=settings: routed.attend_routed(
+                        q, k, v, HEADS, None, p, *s
+                    ),
                 )
             )
         with throttled(multiprocessors):
             for name, settings, work in works:
-                row = {"multiprocessors": multiprocessors, "frames": count, "tokens": tokens.total, "name": name}
+                row = {
+                    "multiprocessors": multiprocessors,
+                    "frames": count,
+                    "tokens": tokens.total,
+                    "name": name,
+                }
                 row |= settings
                 if time.monotonic() - begun > seconds:
                     part["left_out"].append(row)
@@ -322,7 +367,9 @@ def as_core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def kept_of(q: torch.Tensor, k: torch.Tensor, packing: Any, keep: float, threshold: float) -> float:
     """Share kept, by the reference's routing on the data of this call, four heads of it."""
-    rows = [rearrange(packing.pack(x)[..., : 4 * WIDTH], "b n (h d) -> (b h) n d", h=4).float() for x in (q, k)]
+    rows = [
+        rearrange(packing.pack(x)[..., : 4 * WIDTH], "b n (h d) -> (b h) n d", h=4).float() for x in (q, k)
+    ]
     return kept_share(packing, routed.route(*rows, WIDTH**-0.5, packing, keep, threshold)[1])
 
 
@@ -380,16 +427,11 @@ def error_tables(part: dict[str, Any]) -> list[str]:
         names = list(dict.fromkeys(row["order"] for row in here))
         found = {(row["order"], row["keep"], row["threshold"]): row for row in here}
         settings = [setting for setting in SETTINGS if (ROWS, *setting) in found]
-        lines = [
-            [name_of(*setting)]
-            + [
-                f"{found[name, *setting]['error']:.4f} ({found[name, *setting]['kept']:.1%})"
-                if (name, *setting) in found
-                else "–"
-                for name in names
-            ]
-            for setting in settings
-        ]
+        lines = []
+        for setting in settings:
+            shown = [found.get((name, *setting)) for name in names]
+            cells = ["–" if row is None else f"{row['error']:.4f} ({row['kept']:.1%})" for row in shown]
+            lines.append([name_of(*setting), *cells])
         out += [f"### {frames} latent frames, {sinks} sink frames: error (kept)", ""]
         out += table(["", *names], lines)
     out += ["### Share kept at equal error", ""]
@@ -449,7 +491,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "routing.json")
     parser.add_argument("--part", choices=("error", "gpu", "table"), default="error")
     parser.add_argument("--frames", type=int, nargs="+", help="latent frames, fewer for a look")
-    parser.add_argument("--seconds", type=float, default=90, help="on the GPU, measure nothing later than that")
+    parser.add_argument(
+        "--seconds", type=float, default=90, help="on the GPU, measure nothing later than that"
+    )
     options = parser.parse_args()
     report: dict[str, Any] = {}
     if options.out.is_file():

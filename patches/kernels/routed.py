@@ -95,7 +95,9 @@ def pack_tokens(
     """
     frames, per_frame = tokens.frames, height * width
     first = min(tokens.anchors + sink_frames, frames)
-    if any(b - a != per_frame for a, b in zip(tokens.offsets[first:], tokens.offsets[first + 1 :], strict=False)):
+    if any(
+        b - a != per_frame for a, b in zip(tokens.offsets[first:], tokens.offsets[first + 1 :], strict=False)
+    ):
         raise ValueError(
             f"routed attention: expected {per_frame} tokens in each frame ({height}×{width}), got frames that begin "
             f"at {tokens.offsets}. Leave clips with dropped tokens to dense attention."
@@ -212,9 +214,7 @@ def attend_reference(
 ) -> torch.Tensor:
     """As `attend_routed`, for any device, head width and block, in float32 or better. It knows no extra tokens."""
     wide = torch.promote_types(v_BNC.dtype, torch.float32)
-    q, k, v = (
-        rearrange(packing.pack(x), "b n (h d) -> (b h) n d", h=heads) for x in (q_BNC, k_BNC, v_BNC)
-    )
+    q, k, v = (rearrange(packing.pack(x), "b n (h d) -> (b h) n d", h=heads) for x in (q_BNC, k_BNC, v_BNC))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     at_once = max(1, REFERENCE_BYTES // (q.shape[1] ** 2 * wide.itemsize))
     parts = zip(*(x.split(at_once) for x in (q, k, v)), strict=True)
@@ -236,7 +236,8 @@ def _attend_heads(
     score, exact = route(q_PND, k_PND, scale, packing, keep, threshold)
     block, missing = packing.block, packing.blocks * packing.block - packing.total
     q, k, v = (
-        rearrange(F.pad(x, (0, 0, 0, missing)), "p (n s) d -> p n s d", s=block) for x in (q_PND, k_PND, v_PND)
+        rearrange(F.pad(x, (0, 0, 0, missing)), "p (n s) d -> p n s d", s=block)
+        for x in (q_PND, k_PND, v_PND)
     )
     sizes = block_sizes(packing, q.device)
     # Pooled keys are scored by the mean of the queries, so what is the same for all keys matters here.
@@ -259,7 +260,8 @@ def route(
     sizes = block_sizes(packing, q_PND.device)
     missing = packing.blocks * packing.block - packing.total
     mean_q, mean_k = (
-        rearrange(F.pad(x, (0, 0, 0, missing)), "p (n s) d -> p n s d", s=packing.block).sum(2) / sizes[:, None]
+        rearrange(F.pad(x, (0, 0, 0, missing)), "p (n s) d -> p n s d", s=packing.block).sum(2)
+        / sizes[:, None]
         for x in (q_PND, k_PND)
     )
     mean_k = mean_k - mean_k.mean(1, keepdim=True)
