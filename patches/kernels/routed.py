@@ -121,11 +121,12 @@ def compact_order(grid: Shape, block: int) -> tuple[torch.Tensor, Shape]:
     sides = [2**power for power in range(block.bit_length()) if block % 2**power == 0]
     tubes = [(axes, a, b) for axes in permutations(range(3)) for a in sides for b in sides if a * b <= block]
     return min(
-        (tube_order(grid, block, *tube) for tube in tubes), key=lambda found: spread(found[0], grid, block)
+        (tube_order(grid, block, axes, a, b) for axes, a, b in tubes),
+        key=lambda found: spread(found[0], grid, block),
     )
 
 
-def tube_order(grid: Shape, block: int, axes: Shape, a: int, b: int) -> tuple[torch.Tensor, Shape]:
+def tube_order(grid: Shape, block: int, axes: tuple[int, ...], a: int, b: int) -> tuple[torch.Tensor, Shape]:
     """Tubes of `a` × `b` tokens of two axes along the third; layers of the first axis come one after the other."""
     across, beside, along = axes
     at = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
@@ -217,9 +218,13 @@ def attend_reference(
     q, k, v = (rearrange(packing.pack(x), "b n (h d) -> (b h) n d", h=heads) for x in (q_BNC, k_BNC, v_BNC))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     at_once = max(1, REFERENCE_BYTES // (q.shape[1] ** 2 * wide.itemsize))
-    parts = zip(*(x.split(at_once) for x in (q, k, v)), strict=True)
     out = torch.cat(
-        [_attend_heads(*(x.to(wide) for x in part), scale, packing, keep, threshold) for part in parts]
+        [
+            _attend_heads(q_part.to(wide), k_part.to(wide), v_part.to(wide), scale, packing, keep, threshold)
+            for q_part, k_part, v_part in zip(
+                q.split(at_once), k.split(at_once), v.split(at_once), strict=True
+            )
+        ]
     )
     return packing.unpack(rearrange(out.to(v.dtype), "(b h) n d -> b n (h d)", h=heads))
 

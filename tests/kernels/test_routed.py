@@ -41,7 +41,7 @@ layouts = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(layout=layouts, sinks=st.integers(0, 3), block=st.sampled_from([16, 64]))
 @example(layout={"frames": 3, "height": 5, "width": 7, "guides": 0, "anchors": 0}, sinks=0, block=16)
 @example(layout={"frames": 3, "height": 5, "width": 7, "guides": 35, "anchors": 1}, sinks=1, block=16)
