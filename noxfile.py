@@ -25,6 +25,8 @@ TYPED = ["patches", "latents", "nodes", "checks"]
 # What also runs on the oldest ComfyUI release; its tree on the registry has no server.
 IN_PROCESS = [f"tests/{room}" for room in ("kernels", "latents", "layouts", "patches", "reuse", "comfy")]
 OLDEST = "0.9.2"
+# The first known to have the kernel of routed attention; newer than what the pinned ComfyUI requires.
+KITCHEN = "comfy-kitchen==0.2.40"
 # A file is one worker's, so that its models are built, and its server is started, once.
 IN_PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -94,6 +96,18 @@ def newest(session: nox.Session) -> None:
         )
     prepare(session)
     run(session, "-m", "pytest", *IN_PARALLEL, *IN_PROCESS, *session.posargs, **ONE_THREAD)
+
+
+@nox.session(python=False)
+def routed(session: nox.Session) -> None:
+    """The tests of routed attention that need a newer comfy-kitchen, put in .cache/ beside what ComfyUI requires."""
+    prepare(session)
+    folder = ROOT / ".cache" / KITCHEN.replace("==", "-")
+    if not (folder / "comfy_kitchen").is_dir():
+        session.run(
+            str(PYTHON), "-m", "pip", "install", "--no-deps", "--target", str(folder), KITCHEN, external=True
+        )
+    run(session, "-m", "pytest", "tests/kernels/test_routed.py", *session.posargs, PYTHONPATH=str(folder))
 
 
 @nox.session(python=False)
