@@ -107,7 +107,8 @@ def routed(session: nox.Session) -> None:
         session.run(
             str(PYTHON), "-m", "pip", "install", "--no-deps", "--target", str(folder), KITCHEN, external=True
         )
-    run(session, "-m", "pytest", "tests/kernels/test_routed.py", *session.posargs, PYTHONPATH=str(folder))
+    files = ["tests/kernels/test_routed.py", "tests/comfy/test_low_rank.py"]
+    run(session, "-m", "pytest", *files, *session.posargs, PYTHONPATH=str(folder))
 
 
 @nox.session(python=False)

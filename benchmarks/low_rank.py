@@ -42,6 +42,16 @@ GRIDS = ((16, 22, 40), (31, 22, 40), (61, 22, 40))
 POOLED = ((1, 2, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2), (1, 4, 2))
 WINDOWS = (1, 2, 4)
 STEP_CLIPS = ((8, 1), (8, 2), (None, 1), (None, 2))
+ROUTED: dict[str, dict[str, Any]] = {
+    "routed 10%": {"keep": 0.1, "extra_tokens": 0},
+    "routed 30%": {"keep": 0.3, "extra_tokens": 0},
+    "routed 30%, 256 tokens": {"keep": 0.3, "extra_tokens": 256},
+    "routed 50%": {"keep": 0.5, "extra_tokens": 0},
+    "routed by threshold 0.5": {"keep": 0.0, "threshold": 0.5, "extra_tokens": 0},
+    "routed by threshold 1": {"keep": 0.0, "threshold": 1.0, "extra_tokens": 0},
+}
+# What core's own node does to this model: the kernel on the tokens as they come, with its default settings.
+CORE = "core's node"
 
 
 def name_of(near: int, pool: int, spatial: int) -> str:
@@ -145,6 +155,26 @@ def step_milliseconds(model: Any, clip: ltx2.Clip, device: str, repeats: int) ->
     return statistics.median(times[1:]), peak
 
 
+def like_core(model: Any) -> Any:
+    """`model` with a stand-in for core's Model Sparse Attention, which this ComfyUI lacks."""
+    from comfy_kitchen import sol_attn
+
+    def override(func: Any, q: Any, k: Any, v: Any, heads: int, mask: Any = None, **kwargs: Any) -> Any:
+        if q.shape != k.shape or mask is not None or q.shape[-1] != heads * WIDTH:
+            return func(q, k, v, heads, mask=mask, **kwargs)
+        split = [x.unflatten(-1, (heads, -1)) for x in (q, k, v)]
+        return sol_attn(*split, tau=1.3, token_aug=256).flatten(2)
+
+    clone = model.clone()
+    clone.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = override
+    return clone
+
+
+def routed_nodes(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    inputs = {"far": "routed", "dense_blocks": 0, "start_percent": 0.0, **settings}
+    return [("ThriftLowRankAttention", inputs)]
+
+
 def nodes_of(near: int, pool: int, spatial: int) -> list[tuple[str, dict[str, Any]]]:
     inputs = {
         "near_frames": near,
@@ -159,7 +189,16 @@ def nodes_of(near: int, pool: int, spatial: int) -> list[tuple[str, dict[str, An
 def step_settings() -> dict[str, list[tuple[str, dict[str, Any]]]]:
     window = {"window": 4, "sink_frames": 1, "start_percent": 0.0}
     out = {"dense": [], "±4, 1 sink": [("ApplyTemporalWindow", window)]}
-    return out | {name_of(*setting): nodes_of(*setting) for setting in POOLED[:4]}
+    out |= {name_of(*setting): nodes_of(*setting) for setting in POOLED[:4]}
+    return out | {name: routed_nodes(settings) for name, settings in ROUTED.items()}
+
+
+def check_it_acts(setting: str, model: Any) -> None:
+    """Raises RuntimeError if a node had no effect in the last run: then its time is no time of it."""
+    journal = importlib.import_module(f"{PACK}.patches.mount").journal_of(model)
+    for name, entry in journal.records()[-1]["techniques"].items() if journal is not None else ():
+        if not entry["taken"]:
+            raise RuntimeError(f"{setting}: {name} declined everything: {entry['declined']}")
 
 
 def table(report: dict[str, Any]) -> str:
@@ -264,12 +303,14 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
         clip = ltx2.Clip(65, 64, 64) if options.small else ltx2.CLIPS[clip_number]
         with throttled(sms if device == "cuda" else None):
             dense = 0.0
-            for setting, nodes in step_settings().items():
+            patched = {name: patch(PACK, model, nodes) for name, nodes in step_settings().items()}
+            if device == "cuda":
+                patched[CORE] = like_core(model)
+            for setting, ours in patched.items():
                 if is_late("steps", sms, clip.name, setting):
                     continue
-                ms, peak = step_milliseconds(
-                    patch(PACK, model, nodes), clip, device, 2 if sms else options.repeats
-                )
+                ms, peak = step_milliseconds(ours, clip, device, 2 if sms else options.repeats)
+                check_it_acts(setting, ours)
                 dense = ms if setting == "dense" else dense
                 frames, height, width = clip.grid
                 row = {"multiprocessors": sms, "grid": f"{frames}×{height * width}", "setting": setting}

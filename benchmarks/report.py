@@ -85,9 +85,9 @@ LOW_RANK = (
     "pooled 2×2², ±1, dense edge, from 0.25",
     "pooled 4, ±1, dense edge, from 0.25",
     "pooled 2, ±1, dense edge, from 0.4",
-    "routed 0.1, dense edge, from 0.25",
-    "routed 0.3, dense edge, from 0.25",
-    "routed 0.5, dense edge, from 0.25",
+    "routed 10%, dense edge, from 0.25",
+    "routed 30%, dense edge, from 0.25",
+    "routed 50%, dense edge, from 0.25",
 )
 SHORT_LOW_RANK = {TEACHER: LOW_RANK, STUDENT: LOW_RANK}
 PRICED_AS = {13: "121 f 1280×704", 25: "481 f 1280×704"}

@@ -224,18 +224,20 @@ def pooled(
     return Row(name, "low rank", (("ThriftLowRankAttention", inputs),))
 
 
-def routed(keep: float, edge: int = 0, start: float = 0.0) -> Row:
-    """ThriftLowRankAttention, far frames routed; one sink."""
+def routed(keep: float = 0.0, threshold: float = 0.0, edge: int = 0, start: float = 0.0) -> Row:
+    """ThriftLowRankAttention, far frames routed; one sink. By threshold, its FLOPs are priced as those of stock."""
     inputs = {
         "far": "routed",
         "keep": keep,
+        "threshold": threshold,
         "sink_frames": 1,
         "extra_tokens": 0,
         "dense_blocks": edge,
         "start_percent": start,
         "end_percent": 1.0,
     }
-    name = f"routed {keep:g}" + (", dense edge" if edge else "") + (f", from {start:g}" if start else "")
+    name = f"routed {keep:.0%}" if keep else f"routed by threshold {threshold:g}"
+    name += (", dense edge" if edge else "") + (f", from {start:g}" if start else "")
     return Row(name, "low rank", (("ThriftLowRankAttention", inputs),))
 
 
@@ -356,5 +358,14 @@ ROWS: tuple[Row, ...] = (
     *(pooled(1, 2, edge=edge, start=start) for edge, start in ((1, 0.4), (2, 0.25), (2, 0.0))),
     pooled(4, 2, edge=1, start=0.25),
     *(pooled(1, 2, edge=1, start=start, beyond=4) for start in (0.25, 0.0)),
-    *(routed(keep, edge, start) for edge, start in ((1, 0.25), (0, 0.0)) for keep in (0.1, 0.3, 0.5)),
+    *(
+        routed(keep, edge=edge, start=start)
+        for edge, start in ((1, 0.25), (0, 0.0))
+        for keep in (0.1, 0.2, 0.3, 0.5)
+    ),
+    *(
+        routed(threshold=threshold, edge=edge, start=start)
+        for edge, start in ((1, 0.25), (0, 0.0))
+        for threshold in (0.5, 1.0)
+    ),
 )

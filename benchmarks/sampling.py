@@ -10,6 +10,7 @@ import comfy.model_management as mm
 import comfy.sample
 import comfy.samplers
 import torch
+from lab import small_blocks
 from rows import Row, Striding
 from variants import VARIANTS
 
@@ -111,7 +112,7 @@ def sample_stage(
     def note(step: int, denoised: torch.Tensor, *_: Any) -> None:
         clean[0] = denoised
 
-    with ExecutedSteps(patched, sigmas) as executed, torch.inference_mode():
+    with ExecutedSteps(patched, sigmas) as executed, small_blocks(pack), torch.inference_mode():
         latents = comfy.sample.sample_custom(
             patched,
             noise,

@@ -22,5 +22,7 @@ def field(
     if isinstance(setting, Choice):
         return io.Combo.Input(name, options=list(setting.options), **more)
     if isinstance(setting, Whole):
-        return io.Int.Input(name, min=setting.low, max=setting.high, **more)
+        # Without a step of its own a form counts by ones, and says nothing of it.
+        steps = {"step": setting.step} if setting.step > 1 else {}
+        return io.Int.Input(name, min=setting.low, max=setting.high, **steps, **more)
     return io.Float.Input(name, min=setting.low, max=setting.high, step=setting.step, **more)

@@ -11,17 +11,19 @@ SETTING = "setting"
 
 @dataclass(frozen=True)
 class Whole:
-    """Whole numbers from `low` to `high`."""
+    """Whole numbers from `low` to `high` in steps of `step`."""
 
     default: int
     low: int
     high: int
+    step: int = 1
 
     def complaint(self, value: Any) -> str | None:
         """What it takes, if `value` is nothing of it."""
-        if type(value) is int and self.low <= value <= self.high:
+        if type(value) is int and value in range(self.low, self.high + 1, self.step):
             return None
-        return f"whole numbers from {self.low} to {self.high}"
+        steps = f" in steps of {self.step}" if self.step > 1 else ""
+        return f"whole numbers from {self.low} to {self.high}{steps}"
 
 
 @dataclass(frozen=True)

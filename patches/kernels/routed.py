@@ -72,23 +72,32 @@ class Packing:
         return x_BNC.index_select(1, self.places)
 
     def pairs(self, keep: float) -> int | None:
-        """Query-key pairs that one head computes; None where a threshold decides (`keep` 0), which only the data know.
-
-        A block and its neighbours are taken to be among those that it keeps, which they nearly always are. Pooled keys
-        cost a pair for two blocks.
-        """
-        if not keep:
-            return None
-        always = min(self.total, self.exact * self.block)
-        kept = min(self.total - always, self.block * max(3, kept_blocks(self.blocks - self.exact, keep)))
-        return always * self.total + (self.total - always) * (always + kept) + self.blocks**2
+        return pairs(self.total, self.exact, keep, self.block)
 
 
-@lru_cache(maxsize=16)
+def pairs(total: int, exact: int, keep: float, block: int = BLOCK) -> int | None:
+    """Query-key pairs that one head computes for `total` tokens of which the first `exact` blocks are always exact.
+
+    None where a threshold decides (`keep` 0), which only the data know. A block and its neighbours are taken to be among
+    those that it keeps, which they nearly always are. Pooled keys cost a pair for two blocks.
+    """
+    if not keep:
+        return None
+    blocks, always = -(-total // block), min(total, exact * block)
+    kept = min(total - always, block * max(3, kept_blocks(blocks - exact, keep)))
+    return always * total + (total - always) * (always + kept) + blocks**2
+
+
+def exact_blocks(tokens: VideoTokens, sink_frames: int, block: int = BLOCK) -> int:
+    """Blocks that hold guides, anchors and the first `sink_frames` frames of the clip."""
+    first = min(tokens.anchors + sink_frames, tokens.frames)
+    return -(-(tokens.offsets[first] + tokens.guides) // block)
+
+
 def pack_tokens(
-    tokens: VideoTokens, height: int, width: int, sink_frames: int, block: int = BLOCK, /
+    tokens: VideoTokens, height: int, width: int, sink_frames: int, block: int = BLOCK
 ) -> Packing:
-    """How to put the tokens of frames of `height` × `width` in blocks; the same settings give the same object.
+    """How to put the tokens of frames of `height` × `width` in blocks.
 
     Guides, anchors and the first `sink_frames` frames of the clip come first, in blocks that are always exact. The
     last of these is filled up with other tokens, so nothing is padded.
@@ -104,7 +113,7 @@ def pack_tokens(
         )
     start, stop = tokens.offsets[first], tokens.offsets[-1]
     always = torch.cat([torch.arange(start), torch.arange(stop, tokens.total)])
-    exact = -(-len(always) // block)
+    exact = exact_blocks(tokens, sink_frames, block)
     order, shape = compact_order((frames - first, height, width), block)
     # From the end, so that what follows begins where blocks and grid meet.
     whole = max(0, len(order) - (exact * block - len(always)))
@@ -118,12 +127,15 @@ def compact_order(grid: Shape, block: int) -> tuple[torch.Tensor, Shape]:
     The order runs through tubes, to and fro, so that nothing has to be padded where blocks do not divide the grid and
     blocks that follow each other touch.
     """
+    return tube_order(grid, block, *best_tubes(grid, block))
+
+
+@lru_cache(maxsize=64)
+def best_tubes(grid: Shape, block: int, /) -> tuple[tuple[int, ...], int, int]:
+    """Axes and size of the tubes whose blocks are the most compact."""
     sides = [2**power for power in range(block.bit_length()) if block % 2**power == 0]
     tubes = [(axes, a, b) for axes in permutations(range(3)) for a in sides for b in sides if a * b <= block]
-    return min(
-        (tube_order(grid, block, axes, a, b) for axes, a, b in tubes),
-        key=lambda found: spread(found[0], grid, block),
-    )
+    return min(tubes, key=lambda tube: spread(tube_order(grid, block, *tube)[0], grid, block))
 
 
 def tube_order(grid: Shape, block: int, axes: tuple[int, ...], a: int, b: int) -> tuple[torch.Tensor, Shape]:

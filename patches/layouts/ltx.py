@@ -355,8 +355,7 @@ def flops(model: Any, work: Work) -> float | None:
                 continue
             total += 2 * (rows * of_queries + keys * of_keys)
             if name in ROLES:
-                segments = work.segments.get((ROLES[name], block))
-                total += 4 * width * (rows * keys if segments is None else segments.pairs(range(rows)))
+                total += 4 * width * work.pairs_of(ROLES[name], block, rows, keys)
     return total
 
 

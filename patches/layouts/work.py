@@ -18,8 +18,8 @@ class Work:
     """Stock computation to begin with; each technique returns a copy in which less is computed.
 
     text_tokens: as the blocks see them, of the video and of the audio text alike. segments: who sees whom in the
-    attention of a role in a block, where that is not everyone everyone. left_out: (block, part) that is not
-    computed, a part being VIDEO or PER_FRAME.
+    attention of a role in a block, where that is not everyone everyone. pairs: how many query-key pairs that is, where
+    it follows no geometry. left_out: (block, part) that is not computed, a part being VIDEO or PER_FRAME.
     """
 
     tokens: VideoTokens
@@ -27,7 +27,19 @@ class Work:
     text_tokens: int
     audio_tokens: int = 0
     segments: Mapping[tuple[Role, int], Segments] = field(default_factory=dict)
+    pairs: Mapping[tuple[Role, int], int] = field(default_factory=dict)
     left_out: frozenset[tuple[int, str]] = frozenset()
+
+    def with_pairs(self, role: Role, block: int, pairs: int) -> Work:
+        return replace(self, pairs={**self.pairs, (role, block): pairs})
+
+    def segments_of(self, role: Role, block: int, queries: int, keys: int) -> Segments:
+        return self.segments.get((role, block)) or Segments.dense(queries, keys)
+
+    def pairs_of(self, role: Role, block: int, queries: int, keys: int) -> int:
+        """Query-key pairs of one attention call."""
+        known = self.pairs.get((role, block))
+        return self.segments_of(role, block, queries, keys).pairs(range(queries)) if known is None else known
 
     def with_segments(self, role: Role, block: int, segments: Segments) -> Work:
         return replace(self, segments={**self.segments, (role, block): segments})

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
+
 from .. import backend
-from ..call import AttentionCall, Call
+from ..call import Attend, AttentionCall, Call, Sampling
 from ..clock import Schedule
 from ..kernels.coarse import coarsened
+from ..kernels.routed import WIDTH, Packing, attend_routed, exact_blocks, pack_tokens, pairs, why_not
 from ..kernels.segments import Segments
 from ..kernels.tokens import VideoTokens
 from ..layouts.layout import Unclear
@@ -30,15 +34,19 @@ POOLED, ROUTED = "pooled", "routed"
 
 DROPPED_TOKENS = "DROPPED_TOKENS"
 NOTHING_FAR = "NOTHING_FAR"
+OTHER_TECHNIQUE = "OTHER_TECHNIQUE"
 
 
 @dataclass(frozen=True)
 class LowRankAttention(Technique):
-    """Near frames are seen exactly, far ones (POOLED) through keys and values that stand for groups of `pool` frames ×
-    `spatial_pool`² tokens.
+    """Some keys are seen exactly, all others through fewer.
 
-    near_frames: on each side. sink_frames: so many first frames are near to all. dense_blocks: so many first and last blocks
-    see everything exactly.
+    POOLED: a frame sees those within `near_frames` exactly, far ones through keys and values that stand for groups of
+    `pool` frames × `spatial_pool`² tokens. ROUTED (arXiv 2607.24027): a block of 64 queries sees a share `keep` of the
+    blocks of keys exactly, or with `keep` 0 those whose mean scores `threshold` standard deviations above the average,
+    and beside these `extra_tokens` keys; each other block through its mean.
+    sink_frames: so many first frames are exact to all, as are guides and anchors. dense_blocks: so many first and last
+    blocks of the model see everything exactly.
     """
 
     name: ClassVar[str] = "low-rank attention"
@@ -49,9 +57,9 @@ class LowRankAttention(Technique):
     pool: int = setting(Whole(2, 1, 8))
     spatial_pool: int = setting(Whole(1, 1, 4))
     sink_frames: int = setting(Whole(1, 0, 8))
-    keep: float = setting(Number(0.0, 0.0, 1.0, 0.01))
-    threshold: float = setting(Number(1.0, 0.0, 8.0, 0.05))
-    extra_tokens: int = setting(Whole(256, 0, 4096))
+    keep: float = setting(Number(0.3, 0.0, 1.0, 0.01))
+    threshold: float = setting(Number(1.0, 0.0, 4.0, 0.05))
+    extra_tokens: int = setting(Whole(256, 0, 256, 64))
     dense_blocks: int = setting(Whole(1, 0, 16))
     schedule: Schedule = field(default=Schedule(0.25, 1.0), kw_only=True)
 
@@ -60,19 +68,30 @@ class LowRankAttention(Technique):
         return frozenset({Role.VIDEO_SELF})
 
     @property
-    def _pools_nothing(self) -> bool:
-        return self.far == POOLED and self.pool == self.spatial_pool == 1
+    def is_exact(self) -> bool:
+        """Whether these settings see every key as it is."""
+        return self.keep == 1 if self.far == ROUTED else self.pool == self.spatial_pool == 1
 
     @property
     def is_neutral(self) -> bool:
-        return self._pools_nothing or super().is_neutral
+        return self.is_exact or super().is_neutral
 
     @property
     def neutral_because(self) -> str:
-        return "pool and spatial_pool are both 1" if self._pools_nothing else super().neutral_because
+        if not self.is_exact:
+            return super().neutral_because
+        return "keep is 1" if self.far == ROUTED else "pool and spatial_pool are both 1"
 
     def describe(self) -> str:
         dense = f", {self.dense_blocks} dense blocks at each end" if self.dense_blocks else ""
+        if self.far == ROUTED:
+            by = (
+                f"{self.keep:.0%} of the blocks"
+                if self.keep
+                else f"blocks above threshold {self.threshold:g}"
+            )
+            extra = f", {self.extra_tokens} tokens more" if self.extra_tokens else ""
+            return f"{by}{extra} and {self.sink_frames} sink exact, the others routed{dense}"
         by = f"{self.pool}× in time" + (
             f" and {self.spatial_pool}²× in space" if self.spatial_pool > 1 else ""
         )
@@ -87,19 +106,29 @@ class LowRankAttention(Technique):
         return coarsened(segments, tokens, self.near_frames, self.sink_frames, self.pool, self.spatial_pool)
 
     def cost(self, work: Work) -> Work:
-        tokens = work.tokens
+        """By threshold the data decide how many blocks are seen exactly: priced as stock then, which is too much."""
+        tokens, role = work.tokens, Role.VIDEO_SELF
         if tokens.size is None:
             return work
         for block in self.blocks(work.blocks):
-            before = work.segments.get((Role.VIDEO_SELF, block), Segments.dense(tokens.total, tokens.total))
-            work = work.with_segments(Role.VIDEO_SELF, block, self.seen(before, tokens))
+            before = work.segments_of(role, block, tokens.total, tokens.total)
+            if self.far == POOLED:
+                work = work.with_segments(role, block, self.seen(before, tokens))
+            elif self.keep and before.is_dense:
+                work = work.with_pairs(role, block, self.pairs(tokens) or before.pairs(range(tokens.total)))
         return work
 
-    def begin(self, run: Any) -> State:
-        return Pooling(self, run)
+    def pairs(self, tokens: VideoTokens) -> int | None:
+        """Query-key pairs of a routed attention call, None where the data decide."""
+        return pairs(tokens.total, exact_blocks(tokens, self.sink_frames), self.keep)
+
+    def begin(self, run: Sampling) -> State:
+        return Pooling(self, run) if self.far == POOLED else Routing(self, run)
 
 
-class Pooling(State):
+class LowRank(State):
+    """What both ways have in common: where they have nothing to say."""
+
     technique: LowRankAttention
 
     def call(self, call: Call) -> Mapping[str, Any] | str:
@@ -108,23 +137,96 @@ class Pooling(State):
             return reply
         if tokens.size is None:
             return DROPPED_TOKENS
-        dense = Segments.dense(tokens.total, tokens.total)
-        if self.technique.seen(dense, tokens) is dense:
-            return NOTHING_FAR
-        call[self] = backend.in_force()
         return FOREIGN_OVERRIDE if call.is_foreign else reply
 
-    def see(self, segments: Segments, attention: AttentionCall) -> Segments | str:
-        own, tokens, site = self.technique, attention.tokens, attention.site
-        if site.block not in own.blocks(site.blocks):
+    def obstacle(self, attention: AttentionCall) -> str | None:
+        """Why every key of this call has to be seen as it is, or None."""
+        tokens, site = attention.tokens, attention.site
+        if site.block not in self.technique.blocks(site.blocks):
             return DENSE_BLOCK
         if attention.rows.start >= tokens.offsets[-1]:
             return GUIDE_QUERIES
         if attention.is_foreign:
             return FOREIGN_OVERRIDE
-        if backend.in_force() != attention.call[self]:
+        if backend.in_force() != self.backend_of(attention.call):
             return ATTENTION_EXCHANGED
-        if attention.mask is not None:
-            return MASKED
-        seen = own.seen(segments, tokens)
+        return None if attention.mask is None else MASKED
+
+    def backend_of(self, call: Call) -> Any:
+        """ComfyUI's attention as it was when the forward began."""
+        raise NotImplementedError
+
+
+class Pooling(LowRank):
+    def call(self, call: Call) -> Mapping[str, Any] | str:
+        reply, tokens = super().call(call), call.tokens
+        if isinstance(reply, str) or isinstance(tokens, Unclear):
+            return reply
+        dense = Segments.dense(tokens.total, tokens.total)
+        call[self] = backend.in_force()
+        return NOTHING_FAR if self.technique.seen(dense, tokens) is dense else reply
+
+    def backend_of(self, call: Call) -> Any:
+        return call[self]
+
+    def see(self, segments: Segments, attention: AttentionCall) -> Segments | str:
+        reason = self.obstacle(attention)
+        if reason is not None:
+            return reason
+        seen = self.technique.seen(segments, attention.tokens)
         return NOTHING_FAR if seen is segments else seen
+
+
+class Routing(LowRank):
+    def __init__(self, technique: LowRankAttention, run: Sampling) -> None:
+        super().__init__(technique, run)
+        self._lock = threading.Lock()
+        self._packings: dict[tuple[VideoTokens, torch.device], Packing] = {}
+
+    def call(self, call: Call) -> Mapping[str, Any] | str:
+        reply, tokens = super().call(call), call.tokens
+        if isinstance(reply, str) or isinstance(tokens, Unclear):
+            return reply
+        # No card that has the kernel lacks bf16.
+        reason = why_not(call.device, torch.bfloat16, WIDTH)
+        if reason is not None:
+            return reason
+        packing = self._packing(tokens, call.device)
+        call[self] = packing, backend.in_force()
+        return NOTHING_FAR if packing.is_dense else reply
+
+    def backend_of(self, call: Call) -> Any:
+        return call[self][1]
+
+    def attend(self, attention: AttentionCall, inner: Attend) -> torch.Tensor | str:
+        own, q, heads = self.technique, attention.q, attention.heads
+        reason = self.obstacle(attention) or why_not(q.device, q.dtype, q.shape[-1] // heads)
+        if reason is not None:
+            return reason
+        packing: Packing = attention.call[self][0]
+        if not attention.segments.is_dense or len(attention.rows) != packing.total:
+            return OTHER_TECHNIQUE
+        attention.count_pairs(own.pairs(attention.tokens) or packing.total**2)
+        return attend_routed(
+            q,
+            attention.k,
+            attention.v,
+            heads,
+            attention.scale,
+            packing,
+            own.keep,
+            own.threshold,
+            own.extra_tokens,
+        )
+
+    def _packing(self, tokens: VideoTokens, device: torch.device) -> Packing:
+        """Made outside of transformer blocks, once a run and device."""
+        assert tokens.size is not None
+        with self._lock:
+            if (tokens, device) not in self._packings:
+                packing = pack_tokens(tokens, *tokens.size, self.technique.sink_frames)
+                self._packings[tokens, device] = packing.on(device)
+            return self._packings[tokens, device]
+
+    def close(self) -> None:
+        self._packings.clear()

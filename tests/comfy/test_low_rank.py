@@ -272,3 +272,87 @@ def test_settings_outside_their_range_are_named(coarse):
     for name, value in (("pool", 9), ("spatial_pool", 0), ("near_frames", -1), ("keep", 1.5), ("far", "x")):
         with pytest.raises(ValueError, match=name):
             coarse(model, **{name: value})
+
+
+def test_routed_without_its_kernel_is_stock(coarse, entry):
+    """The product never runs the slow form of it: on a CPU it declines, whatever is installed."""
+    model = build_model()
+    ours = coarse(model, far="routed")
+    assert equal(sample(ours), sample(model)) and entry(ours)["declined"] == {"NO_KERNEL": 9}
+    assert coarse(model, far="routed", keep=1.0) is model
+
+
+@pytest.fixture
+def routed(pack, coarse, monkeypatch):
+    """`routed(model, ...)` where the kernel is played by its reference, in blocks of 8."""
+    kernel, technique = pack("patches.kernels.routed"), pack("patches.techniques.low_rank")
+    monkeypatch.setattr(technique, "attend_routed", kernel.attend_reference)
+    monkeypatch.setattr(technique, "why_not", lambda *_: None)
+    monkeypatch.setattr(technique, "pack_tokens", partial(kernel.pack_tokens, block=8))
+    return partial(coarse, far="routed", keep=0.1, sink_frames=0)
+
+
+def routing_model(pack, model, tokens, keep):
+    """A clone whose video self-attention is the reference, called by hand."""
+    kernel = pack("patches.kernels.routed")
+    packing = kernel.pack_tokens(tokens, *tokens.size, 0, 8)
+
+    def override(func, q, k, v, heads, *args, **kwargs):
+        if k.shape[1] != tokens.total or "reference_block" not in kwargs["transformer_options"]:
+            return func(q, k, v, heads, *args, **kwargs)
+        return kernel.attend_reference(q, k, v, heads, None, packing, keep, 1.0)
+
+    return set_slot(pooled_model(model, by_definition(GRIDS[0])), override)
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_routed_by_its_reference(family, pack, routed, entry):
+    model = build_model(family)
+    ours = routed(model)
+    result = sample(ours, family)
+    tokens = pack("patches.kernels.tokens").VideoTokens.grid(9, 2, 3)
+    assert close(result, sample(routing_model(pack, model, tokens, 0.1), family))
+    assert not close(result, sample(model, family)) and entry(ours)["taken"] == 9
+
+
+def test_routed_beside_the_window_and_with_guides(pack, routed, windowed, entry):
+    model = build_model()
+    ours = windowed(routed(model))
+    assert equal(sample(ours), sample(windowed(model)))
+    assert entry(ours)["declined"] == {"OTHER_TECHNIQUE": 9}
+    noise, mask, conds = guides()
+    ours = routed(model)
+    result = sample(ours, noise=noise, noise_mask=mask, **conds)
+    tokens = pack("patches.kernels.tokens").VideoTokens.grid(9, 2, 3, guides=6)
+    reference = routing_model(pack, model, tokens, 0.1)
+    assert close(result, sample(reference, noise=noise, noise_mask=mask, **conds))
+    assert entry(ours)["taken"] == 9
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"dense_blocks": 3}, "DENSE_BLOCK"),
+        ({"start_percent": 0.9, "end_percent": 0.95}, "OUTSIDE_RANGE"),
+        ({"sink_frames": 8}, "NOTHING_FAR"),
+    ],
+)
+def test_routed_declines(settings, reason, routed, entry):
+    model = build_model()
+    ours = routed(model, **settings)
+    assert equal(sample(ours), sample(model)) and entry(ours)["declined"] == {reason: 9}
+
+
+def test_why_the_kernel_cannot_serve_is_counted(pack, routed, entry, monkeypatch):
+    """Asked once a forward for what the card has, and at each call for what it is given."""
+    kernel, technique = pack("patches.kernels.routed"), pack("patches.techniques.low_rank")
+    given = iter([None, "DTYPE"] * 100)
+    monkeypatch.setattr(
+        technique, "why_not", lambda device, dtype, width: None if width == 128 else next(given)
+    )
+    model = build_model()
+    ours = routed(model)
+    sample(ours)
+    assert entry(ours)["taken"] == 5 and entry(ours)["declined"] == {"DTYPE": 4}
+    assert kernel.why_not(torch.device("cpu"), torch.float32, 128) == "DTYPE"
+    assert kernel.why_not(torch.device("cpu"), torch.float16, 64) == "HEAD_WIDTH"
