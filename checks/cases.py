@@ -78,6 +78,11 @@ def freeze(scope: str = "whole blocks", **settings: Any) -> Settings:
     return "ScheduleSpatialFreeze", base | settings
 
 
+def coarse(**settings: Any) -> Settings:
+    base = {"near_frames": 1, "pool": 2, "start_percent": 0.0, "end_percent": 1.0, "dense_blocks": 0}
+    return "ThriftLowRankAttention", base | settings
+
+
 def stride(by: int) -> Settings:
     return "KeyframeStride", {"stride": by}
 
@@ -97,6 +102,9 @@ FEW: list[list[Settings]] = [
     *([freeze(scope)] for scope in SCOPES),
     [stride(2)],
     *orders(window(), freeze(), stride(2)),
+    [coarse()],
+    *orders(window(window=3), coarse()),
+    *orders(freeze(), coarse()),
 ]
 MORE: list[list[Settings]] = [
     [window(sink_frames=0)],

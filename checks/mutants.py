@@ -169,6 +169,24 @@ MUTANTS = [
         "pass",
         ("tests/comfy/test_techniques.py::test_options_that_change_behind_those_of_comfyui",),
     ),
+    Mutant(
+        "pooled keys that stand for one",
+        "more_lse + math.log(piece.keys)",
+        "more_lse + math.log(1)",
+        ("tests/comfy/test_low_rank.py::test_equals_the_definition",),
+    ),
+    Mutant(
+        "near frames on one side only",
+        "grid.frames_of(group)[-1] < frame - near",
+        "grid.frames_of(group)[-1] < frame",
+        ("tests/comfy/test_low_rank.py::test_equals_the_definition",),
+    ),
+    Mutant(
+        "packed tokens not put back",
+        "return packing.unpack(rearrange(out.to(v.dtype)",
+        "return packing.pack(rearrange(out.to(v.dtype)",
+        ("tests/kernels/test_routed.py",),
+    ),
 ]
 
 

@@ -53,7 +53,7 @@ class LowRankAttention(Technique):
     stage: ClassVar[int] = 30
 
     far: str = setting(Choice(POOLED, (POOLED, ROUTED)))
-    near_frames: int = setting(Whole(1, 0, 32))
+    near_frames: int = setting(Whole(2, 0, 32))
     pool: int = setting(Whole(2, 1, 8))
     spatial_pool: int = setting(Whole(1, 1, 4))
     sink_frames: int = setting(Whole(1, 0, 8))

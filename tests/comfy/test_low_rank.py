@@ -23,7 +23,7 @@ GRIDS = [(9, 2, 3), (7, 3, 5)]
 def coarse(pack):
     """`coarse(model, near_frames=1, ...)`: the model as the node returns it."""
     node = pack("nodes").ThriftLowRankAttention
-    defaults = {"dense_blocks": 0, "start_percent": 0.0}
+    defaults = {"near_frames": 1, "dense_blocks": 0, "start_percent": 0.0}
     return lambda model, **settings: node.execute(model, **{**defaults, **settings}).args[0]
 
 
