@@ -23,6 +23,7 @@ PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", 
 TOKEN_COUNT = "TOKEN_COUNT"
 SPLIT_HEADS = "SPLIT_HEADS"
 UNCHANGED = "UNCHANGED"
+ANSWERED_BEFORE = "ANSWERED_BEFORE"
 
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -249,6 +250,9 @@ class _Attending:
         for state in reversed(self.say.attend):
             inner = partial(self._around, state, "attend", inner)
         out = inner(attention)
+        for state in (*self.say.attend, *self.say.backend):
+            # An earlier stage had the answer itself, and asked nobody.
+            self.outcomes.setdefault(state, ANSWERED_BEFORE)
         for state, reason in self.outcomes.items():
             attention.call.count(state, reason)
         return out

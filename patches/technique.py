@@ -109,6 +109,10 @@ class Technique:
         """What `State.record` gave, in words for the closing line of a run."""
         return ""
 
+    def has_failed(self, part: Mapping[str, Any]) -> bool:
+        """Whether what `State.record` gave makes the closing line a warning."""
+        return False
+
     def begin(self, run: Sampling) -> State:
         """Its state for one run."""
         return State(self, run)
