@@ -47,12 +47,14 @@ def peak(x: torch.Tensor) -> torch.Tensor:
 def cast_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """A floating mask in `dtype`; one of bool as it is.
 
-    A large negative number stands for «unseen», and where all keys have it they are seen alike. As an infinity it would make
-    such a row NaN: it stays finite, and half of the range is left for what is added to it. Infinities stay.
+    A number too large for it, which stands for «unseen», comes as half of the largest: as an infinity it would make a row
+    in which all keys have it NaN, and what is added to it needs room. Infinities stay.
     """
     if mask is None or not mask.is_floating_point():
         return mask
     limit = torch.finfo(dtype).max / 2
+    if torch.finfo(mask.dtype).max < limit:
+        return mask.to(dtype)
     return torch.where(mask.isinf(), mask, mask.clamp(-limit, limit)).to(dtype)
 
 
