@@ -196,6 +196,16 @@ def frozen(
     return Row(name, kind, nodes, models=models)
 
 
+def attending_in(dtype: str, which: str) -> Row:
+    """ThriftAttentionPrecision for self-attention, for that to the text, or for both; the tiny models compute in fp32."""
+    inputs = {
+        "self_attention": "fp32" if which == "text" else dtype,
+        "text_attention": "fp32" if which == "self" else dtype,
+    }
+    name = {"self": "self-attention", "text": "text attention", "both": "attention"}[which]
+    return Row(f"{name} in {dtype}", "precision", (("ThriftAttentionPrecision", inputs),))
+
+
 def cached(model: str, threshold: float, then: Row | None = None) -> Row:
     """Core's EasyCache, and behind it the nodes of another row."""
     inputs = {"reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
@@ -302,4 +312,5 @@ ROWS: tuple[Row, ...] = (
     ),
     frozen(ATTENTION, "hold", 0.0, 2, models=(STUDENT,)),
     *(frozen(ATTENTION, forecast, 0.2, 2, models=(STUDENT,)) for forecast in ("linear", "hold")),
+    *(attending_in(dtype, which) for dtype in ("fp16", "bf16") for which in ("self", "text", "both")),
 )

@@ -169,6 +169,18 @@ MUTANTS = [
         "pass",
         ("tests/comfy/test_techniques.py::test_options_that_change_behind_those_of_comfyui",),
     ),
+    Mutant(
+        "large values in float16 as they are",
+        "/ HEADROOM)).clamp(min=1)",
+        "/ HEADROOM)).clamp(min=1, max=1)",
+        ("tests/comfy/test_precision.py::test_large_values_in_float16",),
+    ),
+    Mutant(
+        "results that are not finite counted by nobody",
+        "self._counter(q.device).add_(is_broken)",
+        "self._counter(q.device)",
+        ("tests/comfy/test_precision.py::test_results_that_are_not_finite_are_counted_and_warned_about",),
+    ),
 ]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..patches.mount import mount
-from ..patches.techniques.precision import AttentionPrecision
+from ..patches.techniques.attention_precision import AttentionPrecision
 from .form import field
 
 DEFAULT = AttentionPrecision()

@@ -1,7 +1,7 @@
 """Every technique, in the order of their stages. A new one is a file here and a line in this table."""
 
+from .attention_precision import AttentionPrecision
 from .keyframe_stride import StretchedTimes
-from .precision import AttentionPrecision
 from .spatial_freeze import SpatialFreeze
 from .temporal_window import TemporalWindow
 

@@ -400,7 +400,7 @@ def test_nothing_that_is_kept_is_memory_of_a_block(family, cast, told, pack, mon
 
 @pytest.mark.parametrize("ends", ["normally", "interrupted"])
 def test_no_tensor_outlives_a_run(ends, cast, told, pack, monkeypatch):
-    technique, counters = pack("patches.techniques.precision"), []
+    technique, counters = pack("patches.techniques.attention_precision"), []
     counter = technique.Casting._counter
 
     def watching(self, device):
