@@ -21,8 +21,8 @@ class ThriftAttentionPrecision(io.ComfyNode):
             category="FrameThrift",
             description=(
                 "LTX-Video and LTX-2. Computes video attention in a type of its own; everything else stays as it is. "
-                "For models that compute in fp32, as LTX does on RTX 20 and GTX 10 and 16 cards: attention in fp16 is cheaper "
-                "there, and the clip changes little. Useless for a bf16 model on a card that has bf16 (RTX 30 and newer): "
+                "For models that compute in fp32, as LTX does on RTX 20 cards: there fp16 is what the card does fast, and it "
+                "changes the clip little. Useless for a bf16 model on a card that has bf16 (RTX 30 and newer): "
                 "that is what ComfyUI runs LTX as by default, and auto then changes nothing. Other models run unchanged."
             ),
             inputs=[
