@@ -20,6 +20,7 @@ MARKS = {
     "freeze: whole blocks, linear": ("P", "tab:pink"),
     "freeze: other": ("x", "plum"),
     "freeze + window": ("X", "tab:olive"),
+    "precision": ("P", "tab:cyan"),
     "stride": ("^", "tab:red"),
     "stride: on latents, or times not stretched": ("1", "tab:gray"),
     "stride + full length": ("v", "tab:brown"),

@@ -45,7 +45,8 @@ import comfyui_tree
 LATE = {"start_percent": 0.99, "end_percent": 1.0}
 WINDOW = {"window": 1, "sink_frames": 0, "dense_blocks": 0}
 OURS = "frame_thrift"
-STOCK, OUTSIDE, COVERED = "stock", "all three outside their range", "window that covers the clip"
+STOCK, OUTSIDE, COVERED = "stock", "every technique, none acting", "window that covers the clip"
+PRECISION = "ThriftAttentionPrecision"
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,14 @@ def settings_of(pack: str, module: str, clip: ltx2.Clip) -> list[Setting]:
     full = clip if clip.grid[0] > 1 else ltx2.Clip(97, clip.width, clip.height)
 
     def outside(model: Any) -> Any:
-        late = [("ApplyTemporalWindow", {**WINDOW, **LATE}), ("ScheduleSpatialFreeze", LATE)]
-        node = importlib.import_module(f"{module}.nodes").KeyframeStride
+        late: list[tuple[str, dict[str, Any]]] = [
+            ("ApplyTemporalWindow", {**WINDOW, **LATE}),
+            ("ScheduleSpatialFreeze", LATE),
+        ]
+        nodes = importlib.import_module(f"{module}.nodes")
+        if hasattr(nodes, PRECISION):  # Older commits have no such node.
+            late.append((PRECISION, {"self_attention": "bf16", "text_attention": "bf16"}))
+        node = nodes.KeyframeStride
         return node.execute(patch(module, model, late), {"samples": ltx2.empty(full, "cpu")}, 2).args[0]
 
     def covered(model: Any) -> Any:

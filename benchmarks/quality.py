@@ -29,7 +29,7 @@ import metrics
 import torch
 from comfyui_version import __version__ as comfyui_version
 from price import PriceList
-from report import freeze_tables, low_rank_tables, short_tables, stride_tables, tables
+from report import freeze_tables, low_rank_tables, precision_tables, short_tables, stride_tables, tables
 from rows import DENSE, PESSIMIST, ROWS, STUDENT, TEACHER, Row
 from sampling import FPS, Stage, decode, sample_clips
 
@@ -258,6 +258,7 @@ def write_report(report: dict[str, Any], out: Path) -> None:
         ("_strides", stride_tables),
         ("_freeze", freeze_tables),
         ("_low_rank", low_rank_tables),
+        ("_precision", precision_tables),
     ):
         out.with_name(f"{out.stem}{ending}.md").write_text(table(report))
     try:

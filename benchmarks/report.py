@@ -90,6 +90,13 @@ LOW_RANK = (
     "routed 50%, dense edge, from 0.25",
 )
 SHORT_LOW_RANK = {TEACHER: LOW_RANK, STUDENT: LOW_RANK}
+PRECISIONS = (
+    "self-attention in fp16",
+    "text attention in fp16",
+    "attention in fp16",
+    "attention in bf16",
+)
+SHORT_PRECISION = {TEACHER: PRECISIONS, STUDENT: PRECISIONS}
 PRICED_AS = {13: "121 f 1280×704", 25: "481 f 1280×704"}
 SIZES = {"97 f 896×512": "13×448", "121 f 1280×704": "16×880", "481 f 1280×704": "61×880"}
 
@@ -205,6 +212,12 @@ def freeze_tables(report: dict[str, Any]) -> str:
     return chosen_tables(report, "freeze", SHORT_FREEZE, columns)
 
 
+def precision_tables(report: dict[str, Any]) -> str:
+    """For the README: attention in half types, as many FLOPs as dense."""
+    columns = (("psnr", "PSNR dB", 1), ("frechet", "Fréchet", 1), ("drift", "drift", 4))
+    return chosen_tables(report, "precision", SHORT_PRECISION, columns)
+
+
 def stride_tables(report: dict[str, Any]) -> str:
     """For the README: strides. They make another clip than dense, so that PSNR says nothing."""
     columns = (
@@ -287,6 +300,7 @@ def order(row: dict[str, Any]) -> int:
         "cache + window",
         "freeze",
         "freeze + window",
+        "precision",
         "stride",
         "stride + full length",
     ]

@@ -241,6 +241,16 @@ def routed(keep: float = 0.0, threshold: float = 0.0, edge: int = 0, start: floa
     return Row(name, "low rank", (("ThriftLowRankAttention", inputs),))
 
 
+def attending_in(dtype: str, which: str) -> Row:
+    """ThriftAttentionPrecision for self-attention, for that to the text, or for both; the tiny models compute in fp32."""
+    inputs = {
+        "self_attention": "fp32" if which == "text" else dtype,
+        "text_attention": "fp32" if which == "self" else dtype,
+    }
+    name = {"self": "self-attention", "text": "text attention", "both": "attention"}[which]
+    return Row(f"{name} in {dtype}", "precision", (("ThriftAttentionPrecision", inputs),))
+
+
 def cached(model: str, threshold: float, then: Row | None = None) -> Row:
     """Core's EasyCache, and behind it the nodes of another row."""
     inputs = {"reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
@@ -368,4 +378,5 @@ ROWS: tuple[Row, ...] = (
         for edge, start in ((1, 0.25), (0, 0.0))
         for threshold in (0.5, 1.0)
     ),
+    *(attending_in(dtype, which) for dtype in ("fp16", "bf16") for which in ("self", "text", "both")),
 )

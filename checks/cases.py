@@ -83,6 +83,10 @@ def coarse(**settings: Any) -> Settings:
     return "ThriftLowRankAttention", base | settings
 
 
+def precision(dtype: str = "fp16") -> Settings:
+    return "ThriftAttentionPrecision", {"self_attention": dtype, "text_attention": dtype}
+
+
 def stride(by: int) -> Settings:
     return "KeyframeStride", {"stride": by}
 
@@ -101,6 +105,7 @@ FEW: list[list[Settings]] = [
     [window()],
     *([freeze(scope)] for scope in SCOPES),
     [stride(2)],
+    [precision()],
     *orders(window(), freeze(), stride(2)),
     [coarse()],
     *orders(window(window=3), coarse()),
@@ -112,6 +117,9 @@ MORE: list[list[Settings]] = [
     [window(start_percent=0.3, end_percent=0.8)],
     [window(dense_blocks=1)],
     [window(window=4)],
+    [precision("bf16")],
+    *orders(window(), precision()),
+    *(order for scope in SCOPES for order in orders(freeze(scope), precision())),
     *([freeze(scope, forecast="hold")] for scope in SCOPES),
     *([freeze(scope, cache_dtype="fp8_e4m3fn")] for scope in SCOPES),
     [freeze(refresh_every=2, start_percent=0.1, end_percent=0.9)],

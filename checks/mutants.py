@@ -96,8 +96,8 @@ MUTANTS = [
     ),
     Mutant(
         "attention of the checkpoint left out",
-        "backend.of_checkpoint(module) or func",
-        "func",
+        "= own or func",
+        "= func",
         ("tests/comfy/test_newer_comfyui.py::test_the_checkpoints_own_attention_is_the_backend",),
     ),
     Mutant(
@@ -189,6 +189,18 @@ MUTANTS = [
             "tests/comfy/test_low_rank.py::test_routed_by_its_reference",
             "tests/kernels/test_routed.py::test_seeing_every_block_is_dense_attention",
         ),
+    ),
+    Mutant(
+        "large values in float16 as they are",
+        "/ HEADROOM)).clamp(min=1)",
+        "/ HEADROOM)).clamp(min=1, max=1)",
+        ("tests/comfy/test_precision.py::test_large_values_in_float16",),
+    ),
+    Mutant(
+        "results that are not finite counted by nobody",
+        "self._counter(q.device).add_(is_broken)",
+        "self._counter(q.device)",
+        ("tests/comfy/test_precision.py::test_results_that_are_not_finite_are_counted_and_warned_about",),
     ),
 ]
 

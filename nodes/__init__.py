@@ -1,6 +1,7 @@
 """The nodes of the pack, one file each."""
 
 from .apply_temporal_window import ApplyTemporalWindow
+from .attention_precision import ThriftAttentionPrecision
 from .keyframe_stride import KeyframeStride
 from .latent_flow_interpolate import LatentFlowInterpolate
 from .load_optical_flow import ThriftLoadOpticalFlow
@@ -13,6 +14,7 @@ NODES = [
     KeyframeStride,
     LatentFlowInterpolate,
     ScheduleSpatialFreeze,
+    ThriftAttentionPrecision,
     ThriftLoadOpticalFlow,
     ThriftLowRankAttention,
     ThriftThinGuide,

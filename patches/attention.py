@@ -18,13 +18,14 @@ from .kernels.tokens import VideoTokens
 from .layouts.layout import NO_OPTIONS, Site, Unclear
 from .layouts.role import Role
 from .shadow import inner, is_rewritten, uncompiled
-from .technique import Replacement, State, overrides
+from .technique import CHECKPOINT_ATTENTION, FOREIGN_OVERRIDE, Replacement, State, overrides
 
 PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 
 TOKEN_COUNT = "TOKEN_COUNT"
 SPLIT_HEADS = "SPLIT_HEADS"
 UNCHANGED = "UNCHANGED"
+ANSWERED_BEFORE = "ANSWERED_BEFORE"
 
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -185,11 +186,11 @@ def _override(
     given = dict(zip(PARAMETERS, args, strict=False))
     given.update(kwargs)
     given["transformer_options"] = options
-    below: Callable[..., torch.Tensor]
+    own = backend.of_checkpoint(module)
+    below: Callable[..., torch.Tensor] = own or func
+    foreign = None if own is None else CHECKPOINT_ATTENTION
     if OVERRIDE in options:
-        below = partial(options[OVERRIDE], func)
-    else:
-        below = backend.of_checkpoint(module) or func
+        below, foreign = partial(options[OVERRIDE], func), FOREIGN_OVERRIDE
     rest = {name: value for name, value in given.items() if name not in ("q", "k", "v", "heads", "mask")}
 
     def innermost(
@@ -198,8 +199,7 @@ def _override(
         return below(q, k, v, given["heads"], mask=mask, **rest)
 
     pairs = given["q"].shape[-2] * given["k"].shape[-2]
-    is_foreign = OVERRIDE in options or backend.of_checkpoint(module) is not None
-    attention = _read(forward.call, site, module_mask, given, is_foreign)
+    attention = _read(forward.call, site, module_mask, given, foreign)
     if isinstance(attention, Unclear):
         forward.decline(site.role, attention.reason)
         forward.call.count_pairs(site.role, pairs, pairs)
@@ -209,7 +209,7 @@ def _override(
 
 
 def _read(
-    call: Call, site: Site, module_mask: Any, given: Mapping[str, Any], is_foreign: bool
+    call: Call, site: Site, module_mask: Any, given: Mapping[str, Any], foreign: str | None
 ) -> AttentionCall | Unclear:
     tokens = call.tokens
     if isinstance(tokens, Unclear):
@@ -229,7 +229,7 @@ def _read(
         return rows
     segments = Segments.dense(queries, keys)
     return AttentionCall(
-        call, site, q, k, v, mask, rows, given["heads"], given.get("scale"), is_foreign, segments
+        call, site, q, k, v, mask, rows, given["heads"], given.get("scale"), foreign, segments
     )
 
 
@@ -252,6 +252,9 @@ class _Attending:
         for state in reversed(self.say.attend):
             inner = partial(self._around, state, "attend", inner)
         out = inner(attention)
+        for state in (*self.say.attend, *self.say.backend):
+            # An earlier stage had the answer itself, and asked nobody.
+            self.outcomes.setdefault(state, ANSWERED_BEFORE)
         for state, reason in self.outcomes.items():
             attention.call.count(state, reason)
         return out

@@ -1,4 +1,4 @@
-"""ComfyUI's attention functions: which are in force, and what a checkpoint brings itself."""
+"""ComfyUI's attention functions: which are in force, in which types they compute, and what a checkpoint brings itself."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.ldm.modules.attention as attention
+import comfy.model_management as mm
 import torch
 
 AttentionFunction = Callable[..., torch.Tensor]
+
+# Kernels that take half types only: ComfyUI logs an error or a warning at every call with another, and computes it elsewise.
+HALF_ONLY = ("attention_sage", "attention_flash")
+# Those that heed a request to compute logits in float32.
+UPCASTING = ("attention_basic", "attention_sub_quad", "attention_split")
 
 
 def in_force() -> tuple[AttentionFunction, AttentionFunction]:
@@ -20,3 +26,31 @@ def of_checkpoint(module: Any) -> AttentionFunction | None:
     """The attention that the checkpoint names for this module, where ComfyUI knows of such."""
     own: AttentionFunction | None = getattr(getattr(module, "comfy_attention", None), "function", None)
     return own
+
+
+def takes_float32() -> bool:
+    """Whether ComfyUI's attention in force computes float32 in float32."""
+    return in_force()[0].__name__ not in HALF_ONLY
+
+
+def upcasts(dtype: torch.dtype) -> bool:
+    """Whether ComfyUI's attention in force is told to compute the logits of this type in float32, as on some Macs."""
+    is_told = dtype != torch.float32 and attention.get_attn_precision(None, dtype) == torch.float32
+    return is_told and in_force()[0].__name__ in UPCASTING
+
+
+def fast_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
+    """The type in which this device is fast at attention, by ComfyUI's own judgement; `own` where nothing is faster.
+
+    A half type that the device does fast stays: the other one would change numbers and save nothing. bfloat16 before
+    float16, for its range.
+    """
+    if device.type == "cpu":
+        return own
+    fast = [
+        dtype
+        for dtype, is_fast in ((torch.bfloat16, mm.should_use_bf16), (torch.float16, mm.should_use_fp16))
+        if is_fast(device)
+    ]
+    fast = [dtype for dtype in fast if not upcasts(dtype)]
+    return own if own in fast else next(iter(fast), torch.float32)

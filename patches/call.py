@@ -249,8 +249,8 @@ def replaced_blocks(options: Mapping[str, Any]) -> Mapping[Any, Any]:
 class AttentionCall:
     """One attention call: q [B, rows, C], k and v [B, N, C], mask [..., 1 or rows, N].
 
-    rows: which of the queries' tokens `q` holds. segments: who sees whom. is_foreign: another pack computes it, or
-    what the checkpoint brings itself.
+    rows: which of the queries' tokens `q` holds. segments: who sees whom. foreign: who computes it instead of
+    ComfyUI, as a reason to decline; None if nobody.
     """
 
     call: Call
@@ -262,7 +262,7 @@ class AttentionCall:
     rows: range
     heads: int
     scale: float | None
-    is_foreign: bool
+    foreign: str | None
     segments: Segments
 
     @property

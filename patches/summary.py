@@ -61,7 +61,7 @@ def summarise(
             text = f"{head}{entry['taken']} {entry['unit']} taken, declined: {declined or 'none'}"
             if Role.VIDEO_SELF in technique.roles:
                 text += f"; video self-attention work {record['attention_share']:.0%} of dense"
-            lines.append((False, f"{text}{technique.words_for(entry)}."))
+            lines.append((technique.has_failed(entry), f"{text}{technique.words_for(entry)}."))
         elif not entry["is_reached"] and record["forwards"]:
             lines.append(
                 (True, f"{head}no effect, its attention calls were never reached.{_cause(suspects)}")

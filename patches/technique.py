@@ -18,6 +18,7 @@ from .settings import Setting, check, settings_of
 FORWARDS, ATTENTION_CALLS, STEPS = "forwards", "attention calls", "steps"
 # Reasons to decline that several have.
 OUTSIDE_RANGE = "OUTSIDE_RANGE"
+CHECKPOINT_ATTENTION = "CHECKPOINT_ATTENTION"
 DENSE_BLOCK = "DENSE_BLOCK"
 FOREIGN_OVERRIDE = "FOREIGN_OVERRIDE"
 GUIDE_QUERIES = "GUIDE_QUERIES"
@@ -113,6 +114,10 @@ class Technique:
     def words_for(self, part: Mapping[str, Any]) -> str:
         """What `State.record` gave, in words for the closing line of a run."""
         return ""
+
+    def has_failed(self, part: Mapping[str, Any]) -> bool:
+        """Whether what `State.record` gave makes the closing line a warning."""
+        return False
 
     def begin(self, run: Sampling) -> State:
         """Its state for one run."""

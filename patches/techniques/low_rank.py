@@ -146,8 +146,8 @@ class LowRank(State):
             return DENSE_BLOCK
         if attention.rows.start >= tokens.offsets[-1]:
             return GUIDE_QUERIES
-        if attention.is_foreign:
-            return FOREIGN_OVERRIDE
+        if attention.foreign is not None:
+            return attention.foreign
         if backend.in_force() != self.backend_of(attention.call):
             return ATTENTION_EXCHANGED
         return None if attention.mask is None else MASKED

@@ -388,8 +388,8 @@ class FreezingAttention(Freezing):
             return KEPT_BLOCK
         if lookup.is_exchanged(site.block, backend.in_force()):
             return ATTENTION_EXCHANGED
-        if attention.is_foreign:
-            return FOREIGN_OVERRIDE
+        if attention.foreign is not None:
+            return attention.foreign
         if not attention.segments.is_dense:
             return OTHER_TECHNIQUE
         if attention.mask is not None or len(attention.rows) != tokens.total:

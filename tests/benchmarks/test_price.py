@@ -68,3 +68,11 @@ def test_a_strided_clip_costs_what_the_short_one_does(prices, ltx2, clips, pack)
 
 def tokens(pack, frames):
     return pack("patches.kernels.tokens").VideoTokens.grid(frames, 2, 3)
+
+
+def test_another_type_costs_as_many_flops(prices, ltx2, clips, pack):
+    name = pack.module.__name__
+    precision = "ThriftAttentionPrecision", {"self_attention": "fp16", "text_attention": "bf16"}
+    found = prices.PriceList(name, 1, {})
+    assert found.forward(clips[0], [precision]) == found.forward(clips[0], [])
+    assert found.forward(clips[0], [precision, WINDOW]) == found.forward(clips[0], [WINDOW])

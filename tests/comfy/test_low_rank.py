@@ -231,7 +231,7 @@ def test_nor_is_the_checkpoints_own_attention(coarse, entry):
         block.attn1.comfy_attention = SimpleNamespace(config=None, function=own)
     ours = coarse(model)
     sample(ours)
-    assert entry(ours)["declined"] == {"FOREIGN_OVERRIDE": 9} and calls == [54] * 9
+    assert entry(ours)["declined"] == {"CHECKPOINT_ATTENTION": 9} and calls == [54] * 9
 
 
 @pytest.mark.parametrize("family", ["ltxv", "ltxav"])

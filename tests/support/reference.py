@@ -73,7 +73,7 @@ def masked_model(
     return clone
 
 
-def marking(forward: Callable[..., Any], index: int) -> Callable[..., Any]:
+def marking(forward: Callable[..., Any], index: Any) -> Callable[..., Any]:
     def marked(*args: Any, **kwargs: Any) -> Any:
         options = {**kwargs["transformer_options"], "reference_block": index}
         return forward(*args, **{**kwargs, "transformer_options": options})
@@ -160,4 +160,27 @@ def freezing_model(
                 clone.add_object_patch(
                     f"{path}.{name}.forward", module(getattr(each, name).forward, f"{path}.{name}")
                 )
+    return clone
+
+
+def casting_model(model: Any, types: dict[str, torch.dtype]) -> Any:
+    """A clone that computes attention of modules by name (attn1, attn2) in other types, cast by hand call by call."""
+    clone = model.clone()
+
+    def override(
+        func: Any, q: Any, k: Any, v: Any, heads: int, mask: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        dtype = types.get(kwargs["transformer_options"].get("reference_block"))
+        if dtype is None:
+            return func(q, k, v, heads, mask=mask, **kwargs)
+        if mask is not None:
+            mask = mask.double().clamp(min=torch.finfo(dtype).min / 2).to(dtype)
+        out = func(q.to(dtype), k.to(dtype), v.to(dtype), heads, mask=mask, **kwargs)
+        return out.to(q.dtype)
+
+    clone.model_options.setdefault("transformer_options", {})[SLOT] = override
+    for index, block in enumerate(model.model.diffusion_model.transformer_blocks):
+        for name in types:
+            path = f"diffusion_model.transformer_blocks.{index}.{name}.forward"
+            clone.add_object_patch(path, marking(getattr(block, name).forward, name))
     return clone

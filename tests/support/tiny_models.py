@@ -122,6 +122,28 @@ def zeros_like(noise: Any) -> Any:
     return torch.zeros_like(noise)
 
 
+def guides(
+    strength: float = 1.0, frames: int = 9, grid: tuple[int, int] = (2, 3)
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """One guide frame behind `frames` frames: noise, noise mask and conditioning values as LTXVAddGuide makes them."""
+    height, width = grid
+    noise = noise_like(shape=(frames + 1, height, width))
+    mask = torch.ones(1, 1, frames + 1, 1, 1)
+    mask[:, :, -1] = 0.0
+    y, x = torch.meshgrid(torch.arange(height) * 32.0, torch.arange(width) * 32.0, indexing="ij")
+    starts = torch.stack([torch.full_like(y, 16.0), y, x]).flatten(1)
+    coordinates = torch.stack([starts, starts + torch.tensor([[8.0], [32.0], [32.0]])], dim=-1)[None]
+    entry = {
+        "pre_filter_count": height * width,
+        "strength": strength,
+        "pixel_mask": None,
+        "latent_shape": [1, height, width],
+    }
+    values = {"keyframe_idxs": coordinates, "guide_attention_entries": [entry]}
+    conds = {"positive": conditioning(**values), "negative": conditioning(seed=7, **values)}
+    return noise, mask, conds
+
+
 def sample(
     model: Any,
     family: str = "ltxv",
@@ -166,26 +188,6 @@ def sample_with(
     sigmas = torch.linspace(1, 0, 4) if sigmas is None else sigmas
     out = guider.sample(noise, zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=3)
     return list(out.unbind()) if out.is_nested else [out]
-
-
-def guides(strength: float = 1.0, frames: int = 9, grid: tuple[int, int] = (2, 3)):
-    """One guide frame behind `frames` frames: noise, noise mask and conditioning values as LTXVAddGuide makes them."""
-    height, width = grid
-    noise = noise_like(shape=(frames + 1, height, width))
-    mask = torch.ones(1, 1, frames + 1, 1, 1)
-    mask[:, :, -1] = 0.0
-    y, x = torch.meshgrid(torch.arange(height) * 32.0, torch.arange(width) * 32.0, indexing="ij")
-    starts = torch.stack([torch.full_like(y, 16.0), y, x]).flatten(1)
-    coordinates = torch.stack([starts, starts + torch.tensor([[8.0], [32.0], [32.0]])], dim=-1)[None]
-    entry = {
-        "pre_filter_count": height * width,
-        "strength": strength,
-        "pixel_mask": None,
-        "latent_shape": [1, height, width],
-    }
-    values = {"keyframe_idxs": coordinates, "guide_attention_entries": [entry]}
-    conds = {"positive": conditioning(**values), "negative": conditioning(seed=7, **values)}
-    return noise, mask, conds
 
 
 def context_windows(patcher: Any, length: int = 7, overlap: int = 3) -> Any:
