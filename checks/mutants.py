@@ -58,8 +58,8 @@ MUTANTS = [
     ),
     Mutant(
         "attention of another pack left out",
-        "below = partial(options[OVERRIDE], func)",
-        "below = func",
+        "below, foreign = partial(options[OVERRIDE], func), FOREIGN_OVERRIDE",
+        "foreign = FOREIGN_OVERRIDE",
         ("tests/comfy/test_beside_others.py::test_attention_slot_overwritten",),
     ),
     Mutant(
