@@ -19,6 +19,7 @@ def test_tables_are_the_measured_ones(pack):
         "quality_short",
         "quality_strides",
         "quality_freeze",
+        "quality_low_rank",
         "quality_precision",
         "precision",
         "freeze",
@@ -77,6 +78,7 @@ def test_quality_tables_come_from_their_json(pack):
     assert (folder / "quality.md").read_text(encoding="utf-8") == report.tables(content)
     assert (folder / "quality_short.md").read_text(encoding="utf-8") == report.short_tables(content)
     assert (folder / "quality_strides.md").read_text(encoding="utf-8") == report.stride_tables(content)
+    assert (folder / "quality_low_rank.md").read_text(encoding="utf-8") == report.low_rank_tables(content)
     assert (folder / "quality_freeze.md").read_text(encoding="utf-8") == report.freeze_tables(content)
     assert (folder / "quality_precision.md").read_text(encoding="utf-8") == report.precision_tables(content)
     assert all(row["clips"] >= 256 and len(row["seeds"]) >= 3 for row in content["rows"])
