@@ -4,7 +4,7 @@
     python benchmarks/routing.py --part gpu       # a GPU, with comfy-kitchen 0.2.40 or newer on PYTHONPATH
     python benchmarks/routing.py --part table
 
-`error`: q, k and v of every block of the teacher at three of its 24 sigmas, in blocks of 16, as its frames have 8 × 8 tokens.
+`error`: q, k and v of every block of the teacher at three of its 24 sigmas, in blocks of 16 and of 8, as its frames have 8 × 8 tokens.
 `gpu`: one attention of LTX-2's size, 32 heads of 128 in bf16, on random data, whose best blocks are hardly better than the
 others.
 """
@@ -51,10 +51,11 @@ Settings = list[tuple[float, float]]
 SETTINGS: Settings = [(keep, 0.0) for keep in (0.05, 0.1, 0.2, 0.3, 0.5)]
 SETTINGS += [(0.0, threshold) for threshold in (0.25, 0.5, 0.75, 1.0, 1.3, 1.6)]
 
-CLIPS, STEPS, SMALL_BLOCK = 2, (4, 12, 20), 16
+CLIPS, STEPS, SMALL_BLOCKS = 2, (4, 12, 20), (16, 8)
 ROWS, COMPACT = "rows", "compact"
-# Frames, rows and columns of a block.
-SHAPES = ((1, 4, 4), (2, 2, 4), (4, 2, 2), (8, 1, 2))
+PLACE = ("block", "frames", "sink_frames")
+# Frames, rows and columns of a block, by its tokens.
+SHAPES = {16: ((1, 4, 4), (2, 2, 4), (4, 2, 2), (8, 1, 2)), 8: ((1, 2, 4), (4, 1, 2))}
 
 HEADS, WIDTH = 32, 128
 FRAMES, FRAME = (16, 31, 61), (22, 40)
@@ -99,17 +100,18 @@ def captured(model: Any, frames: int) -> Iterator[tuple[Any, list[dict[str, Any]
     yield clone, calls
 
 
-def orders(frames: int, sinks: int) -> dict[str, Any]:
-    """Packings in blocks of 16 by name: frame-major, as the pack makes it, and the whole grid in blocks of one shape."""
+def orders(frames: int, sinks: int, block: int) -> dict[str, Any]:
+    """Packings by name: frame-major, as the pack makes it, and all behind the sinks in blocks of one shape."""
     tokens = VideoTokens.grid(frames, *GRID)
-    compact = routed.pack_tokens(tokens, *GRID, sinks, SMALL_BLOCK)
+    compact = routed.pack_tokens(tokens, *GRID, sinks, block)
     straight = torch.arange(tokens.total)
-    out = {ROWS: replace(compact, order=straight, places=straight, shape=(1, 2, 8)), COMPACT: compact}
+    rows = replace(compact, order=straight, places=straight, shape=(1, block // GRID[1], GRID[1]))
+    out = {ROWS: rows, COMPACT: compact}
     if not sinks:
         return out
-    first = compact.exact * SMALL_BLOCK
-    for shape in SHAPES:
-        order, _ = routed.tube_order((frames - sinks, *GRID), SMALL_BLOCK, (0, 1, 2), *shape[:2])
+    first = compact.exact * block
+    for shape in SHAPES[block]:
+        order, _ = routed.tube_order((frames - sinks, *GRID), block, (0, 1, 2), *shape[:2])
         order = torch.cat([straight[:first], first + order])
         out["×".join(map(str, shape))] = replace(compact, order=order, places=order.argsort(), shape=shape)
     return out
@@ -121,38 +123,33 @@ def kept_share(packing: Any, exact: torch.Tensor) -> float:
     return float((exact * (sizes[:, None] * sizes)).sum((-1, -2)).mean() / packing.total**2)
 
 
-def measure_errors(report: dict[str, Any], out: Path, lengths: tuple[int, ...]) -> None:
+def measure_errors(
+    report: dict[str, Any], out: Path, lengths: tuple[int, ...], blocks: tuple[int, ...]
+) -> None:
+    """Replaces what the report has of these lengths and blocks."""
     model = load_model()
     ids = draw_ids(CLIPS, torch.Generator().manual_seed(1000))
-    rows = []
+    part: dict[str, Any] = {"rows": [], **report.get("error", {})}
+    part |= {"model": "teacher", "clips": CLIPS, "steps": STEPS}
+    part |= {"torch": torch.__version__, "comfyui": comfyui_version}
+    report["error"] = part
     for frames in lengths:
         with captured(model, frames) as (watched, calls):
             sample_clips(PACK, watched, TEACHER_RECIPE, DENSE, ids, frames, seed=0)
         expected = len(STEPS) * len(model.model.diffusion_model.transformer_blocks)
         if len(calls) != expected:
             raise RuntimeError(f"expected {expected} calls of video self-attention, got {len(calls)}.")
-        for sinks in (0, 1):
-            for name, packing in orders(frames, sinks).items():
-                begun = time.monotonic()
+        for block, sinks in product(blocks, (0, 1)):
+            for name, packing in orders(frames, sinks, block).items():
+                here = {"frames": frames, "block": block, "sink_frames": sinks, "order": name}
+                part["rows"] = [row for row in part["rows"] if any(row[key] != here[key] for key in here)]
                 found = [errors_of(call, packing) for call in calls]
                 for setting in SETTINGS:
-                    row = {"frames": frames, "sink_frames": sinks, "order": name}
-                    row |= dict(zip(("keep", "threshold"), setting, strict=True))
+                    row = {**here, "keep": setting[0], "threshold": setting[1]}
                     row |= summed_up([each[setting] for each in found], [call["step"] for call in calls])
-                    rows.append(row)
-                    print(
-                        f"{frames} {sinks} {name} {name_of(*setting)}: {row['kept']:.3f} {row['error']:.4f}"
-                    )
-                print(f"{time.monotonic() - begun:.1f} s", flush=True)
-                report["error"] = {
-                    "model": "teacher",
-                    "clips": CLIPS,
-                    "steps": STEPS,
-                    "block": SMALL_BLOCK,
-                    "torch": torch.__version__,
-                    "comfyui": comfyui_version,
-                    "rows": rows,
-                }
+                    part["rows"].append(row)
+                    print(f"{tuple(here.values())} {name_of(*setting)}: {row['kept']:.3f} {row['error']:.4f}")
+                print(flush=True)
                 save(report, out)
 
 
@@ -219,29 +216,29 @@ def at_equal_error(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
     Shares are interpolated over errors, both in logarithms; None where the compact order was not measured at that error.
     """
     out = []
-    for frames, sinks in sorted({(row["frames"], row["sink_frames"]) for row in rows}):
-        kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for row in rows:
-            if (row["frames"], row["sink_frames"]) == (frames, sinks) and row[by]:
-                kinds[row["order"]].append(row)
-        line = sorted((np.log(row["error"]), np.log(row["kept"])) for row in kinds[COMPACT])
-        errors, shares = zip(*line, strict=True)
-        for row in kinds[ROWS]:
+    for place, here in by_place(rows).items():
+        lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in here:
+            if row[by]:
+                lines[row["order"]].append(row)
+        compact = sorted((np.log(row["error"]), np.log(row["kept"])) for row in lines[COMPACT])
+        errors, shares = zip(*compact, strict=True)
+        for row in lines[ROWS]:
             error = np.log(row["error"])
             is_within = errors[0] <= error <= errors[-1]
             kept = float(np.exp(np.interp(error, errors, shares))) if is_within else None
-            out.append(
-                {
-                    "frames": frames,
-                    "sink_frames": sinks,
-                    by: row[by],
-                    "error": row["error"],
-                    "rows_keep": row["kept"],
-                    "compact_keeps": kept,
-                    "ratio": None if kept is None else kept / row["kept"],
-                }
-            )
+            entry = dict(zip(PLACE, place, strict=True))
+            entry |= {by: row[by], "error": row["error"], "rows_keep": row["kept"], "compact_keeps": kept}
+            out.append({**entry, "ratio": None if kept is None else kept / row["kept"]})
     return out
+
+
+def by_place(rows: list[dict[str, Any]]) -> dict[tuple[int, ...], list[dict[str, Any]]]:
+    """Rows that differ in order and setting only."""
+    places: dict[tuple[int, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        places[tuple(row[name] for name in PLACE)].append(row)
+    return dict(sorted(places.items(), reverse=True))
 
 
 # Time of the kernel
@@ -417,41 +414,42 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def error_tables(part: dict[str, Any]) -> list[str]:
-    rows, out = part["rows"], []
-    out += [
-        f"## Error against dense on activations of the teacher, blocks of {part['block']}",
+    out = [
+        "## Error against dense on activations of the teacher",
         "",
-        "Kept: share of query-key pairs in blocks that are seen exactly. Error: of the attention's output, relative.",
+        "Of the attention's output, relative; in brackets the share of query-key pairs in blocks that are seen exactly, sinks",
+        "and neighbours included. Rows: frame-major, two rows of a frame (16 tokens) or one (8). Compact: as the pack orders.",
+        "",
+        "### Share kept at equal error",
         "",
     ]
-    for frames, sinks in sorted({(row["frames"], row["sink_frames"]) for row in rows}):
-        here = [row for row in rows if (row["frames"], row["sink_frames"]) == (frames, sinks)]
+    head = ["block", "latent frames", "sinks", "frame-major", "error", "keeps", "compact keeps", "of that"]
+    lines = []
+    for by in ("keep", "threshold"):
+        for entry in part["at_equal_error"][by]:
+            kept, ratio = entry["compact_keeps"], entry["ratio"]
+            lines.append(
+                [
+                    *(str(entry[name]) for name in PLACE),
+                    f"{by} {entry[by]:g}",
+                    f"{entry['error']:.4f}",
+                    f"{entry['rows_keep']:.1%}",
+                    "–" if kept is None else f"{kept:.1%}",
+                    "–" if ratio is None else f"{ratio:.0%}",
+                ]
+            )
+    out += table(head, lines)
+    for (block, frames, sinks), here in by_place(part["rows"]).items():
         names = list(dict.fromkeys(row["order"] for row in here))
         found = {(row["order"], row["keep"], row["threshold"]): row for row in here}
-        settings = [setting for setting in SETTINGS if (ROWS, *setting) in found]
         lines = []
-        for setting in settings:
+        for setting in SETTINGS:
             shown = [found.get((name, *setting)) for name in names]
             cells = ["–" if row is None else f"{row['error']:.4f} ({row['kept']:.1%})" for row in shown]
             lines.append([name_of(*setting), *cells])
-        out += [f"### {frames} latent frames, {sinks} sink frames: error (kept)", ""]
+        out += [f"### Blocks of {block}, {frames} latent frames, {sinks} sink frames: error (kept)", ""]
         out += table(["", *names], lines)
-    out += ["### Share kept at equal error", ""]
-    lines = [
-        [
-            str(entry["frames"]),
-            str(entry["sink_frames"]),
-            f"{by} {entry[by]:g}",
-            f"{entry['error']:.4f}",
-            f"{entry['rows_keep']:.1%}",
-            "–" if entry["compact_keeps"] is None else f"{entry['compact_keeps']:.1%}",
-            "–" if entry["ratio"] is None else f"{entry['ratio']:.0%}",
-        ]
-        for by in ("keep", "threshold")
-        for entry in part["at_equal_error"][by]
-    ]
-    head = ["latent frames", "sinks", "frame-major", "error", "keeps", "compact keeps", "of that"]
-    return out + table(head, lines)
+    return out
 
 
 def time_tables(part: dict[str, Any]) -> list[str]:
@@ -493,6 +491,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "routing.json")
     parser.add_argument("--part", choices=("error", "gpu", "table"), default="error")
     parser.add_argument("--frames", type=int, nargs="+", help="latent frames, fewer for a look")
+    parser.add_argument("--blocks", type=int, nargs="+", choices=SMALL_BLOCKS, default=SMALL_BLOCKS)
     parser.add_argument("--device", default="cuda", help="for --part gpu; cpu for a look, with --frames 2")
     parser.add_argument(
         "--seconds", type=float, default=90, help="on the GPU, measure nothing later than that"
@@ -502,7 +501,7 @@ def main() -> None:
     if options.out.is_file():
         report = json.loads(options.out.read_text(encoding="utf-8"))
     if options.part == "error":
-        measure_errors(report, options.out, tuple(options.frames or (13, 25)))
+        measure_errors(report, options.out, tuple(options.frames or (13, 25)), tuple(options.blocks))
     if options.part == "gpu":
         measure_times(
             report,

@@ -26,6 +26,10 @@ HEAD_WIDTH = "HEAD_WIDTH"
 DTYPE = "DTYPE"
 NO_KERNEL = "NO_KERNEL"
 
+# Tokens that a latent frame is away from the next, when blocks are shaped: things move. Deeper blocks than this asks for
+# lose on activations (benchmarks/routing.md).
+FRAME_STEP = 1.5
+
 LOG2_E = math.log2(math.e)
 # Bytes of the logits that the reference makes at a time; it needs some times as much.
 REFERENCE_BYTES = 2**28
@@ -152,8 +156,9 @@ def tube_order(grid: Shape, block: int, axes: tuple[int, ...], a: int, b: int) -
 
 
 def spread(order: torch.Tensor, grid: Shape, block: int) -> float:
-    """Mean squared distance of a token to the middle of its block, in tokens and latent frames."""
+    """Mean squared distance of a token to the middle of its block, in tokens; frames are `FRAME_STEP` apart."""
     at = torch.stack(torch.unravel_index(order, grid), dim=-1).double()
+    at[:, 0] *= FRAME_STEP
     whole = len(at) // block * block
     parts = (at[:whole].view(-1, block, 3), at[whole:][None])
     distances = (part - part.mean(1, keepdim=True) for part in parts if part.numel())
