@@ -4,6 +4,7 @@ from .apply_temporal_window import ApplyTemporalWindow
 from .keyframe_stride import KeyframeStride
 from .latent_flow_interpolate import LatentFlowInterpolate
 from .load_optical_flow import ThriftLoadOpticalFlow
+from .pace_gpu import ThriftPaceGPU
 from .schedule_spatial_freeze import ScheduleSpatialFreeze
 from .thin_guide import ThriftThinGuide
 
@@ -13,5 +14,6 @@ NODES = [
     LatentFlowInterpolate,
     ScheduleSpatialFreeze,
     ThriftLoadOpticalFlow,
+    ThriftPaceGPU,
     ThriftThinGuide,
 ]

@@ -1,7 +1,8 @@
 """Every technique, in the order of their stages. A new one is a file here and a line in this table."""
 
 from .keyframe_stride import StretchedTimes
+from .pacing import GpuPacing
 from .spatial_freeze import SpatialFreeze
 from .temporal_window import TemporalWindow
 
-TECHNIQUES = (StretchedTimes, SpatialFreeze, TemporalWindow)
+TECHNIQUES = (StretchedTimes, SpatialFreeze, TemporalWindow, GpuPacing)
