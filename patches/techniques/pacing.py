@@ -29,8 +29,8 @@ TEMPERATURE, DUTY = "temperature", "duty"
 # Seconds: work between two looks; rest between two looks at the sensor; sleep between two looks for a Cancel, at most and
 # at least.
 SLICE, REST, NAP, SHORTEST = 0.25, 0.25, 0.1, 1e-4
-# Blocks that the host may be ahead of the device: enough that it never runs dry.
-AHEAD = 2
+# Blocks that the device has still to begin while the host looks: enough that it never runs dry.
+AHEAD = 1
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class GpuPacing(Technique):
 
 
 def _parts_of(told: Mapping[str, Any]) -> str:
-    parts = [f"{seconds:.1f} s for {reason}" for reason, seconds in told["paused"].items()]
+    parts = [f"{seconds:.1f} s for {reason}" for reason, seconds in sorted(told["paused"].items())]
     if told["sensor"] is not None:
         parts.append(f"{told['hottest']:g} °C at most, {told['last']:g} °C last by {told['sensor']}")
     return f" ({', '.join(parts)})" if parts else ""
@@ -256,6 +256,8 @@ class Pace:
 
     def _pause(self, seconds: float, reason: str) -> float:
         """Do nothing for so long, or for what is left of max_pause; for how long it was."""
+        if seconds <= 0:
+            return 0.0
         begun = now = self.queue.now()
         end = begun + min(seconds, self._left())
         try:

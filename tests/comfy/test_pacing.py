@@ -75,11 +75,11 @@ def busy_share(laptop):
 # Duty.
 
 
-@pytest.mark.parametrize("seconds", [0.01, 0.1, 0.4, 2.0])
+@pytest.mark.parametrize("seconds", [0.05, 0.4, 2.0])
 @pytest.mark.parametrize("duty", [0.1, 0.4, 0.7, 0.95])
 @pytest.mark.parametrize("lead", [None, 0.001, 0.02])
 def test_it_is_busy_for_its_share_however_far_ahead_the_host_is(lead, duty, seconds, on, told):
-    """Blocks from 10 ms to 2 s."""
+    """Blocks from 50 ms to 2 s."""
     laptop, model = Laptop(lead=lead), build_model(blocks=BLOCKS)
     steps = max(4, round(6 / seconds / BLOCKS))
     ours = on(laptop, laptop.heat(model, seconds), max_duty=duty, max_pause=600.0, **ONLY_DUTY)
@@ -98,12 +98,12 @@ def test_long_calls_are_paced_in_slices(lead, on):
     """Of 0.25 s and what the host was ahead: never many seconds of load at a stretch."""
     laptop, model = Laptop(lead=lead), build_model(blocks=24)
     sample(on(laptop, laptop.heat(model, 0.1), max_duty=0.5, **ONLY_DUTY), steps=2, cfg=1.0)
-    stretches = [list(part) for busy, part in itertools.groupby(laptop.trace, lambda point: point[2]) if busy]
-    ends = [part[-1][0] for part in stretches]
-    begins = [0.0] + [
-        part[-1][0] for busy, part in itertools.groupby(laptop.trace, lambda p: p[2]) if not busy
+    parts = [(busy, list(part)) for busy, part in itertools.groupby(laptop.trace, lambda point: point[2])]
+    ends = [0.0, *(part[-1][0] for _, part in parts)]
+    stretches = [
+        after - before for (busy, _), before, after in zip(parts, ends, ends[1:], strict=False) if busy
     ]
-    longest = max(end - begin for begin, end in zip(begins, ends, strict=False))
+    longest = max(stretches)
     assert 0.25 <= longest <= 0.8 and len(stretches) > 5
 
 
@@ -158,11 +158,9 @@ def run_hot(on, laptop, steps=40, seconds=0.5, **settings):
 @pytest.mark.parametrize("lead", [None, 0.001])
 @pytest.mark.parametrize("resolution", [0.001, 1.0])
 @pytest.mark.parametrize(("target", "below"), [(75, 5), (60, 3), (80, 10), (70, 1)])
-@pytest.mark.parametrize("seconds", [0.05, 0.2])
-def test_the_temperature_stays_below_the_target(seconds, target, below, resolution, lead, on, told, caplog):
-    laptop = Laptop(resolution=resolution, lead=lead)
-    steps = round(120 / seconds / BLOCKS)
-    ours = run_hot(on, laptop, steps, seconds, target_temperature=target, resume_below=below)
+def test_the_temperature_stays_below_the_target(target, below, resolution, lead, on, told, caplog):
+    laptop = Laptop(resolution=resolution, lead=lead, start=50.0)
+    ours = run_hot(on, laptop, 130, 0.15, target_temperature=target, resume_below=below)
     highest = max(temperature for _, temperature, _ in laptop.trace)
     assert target - 1 < highest < target + 1, "after warming up it is used to the full"
     assert not lines(caplog, "all of max_pause") and told(ours)["paused"]["temperature"] > 5
@@ -171,7 +169,7 @@ def test_the_temperature_stays_below_the_target(seconds, target, below, resoluti
     rests = [
         [t for _, t, _ in part] for busy, part in itertools.groupby(laptop.trace, lambda p: p[2]) if not busy
     ]
-    assert len(rests) > 2 and all(max(rest) - min(rest) > below - 1.5 * resolution - 0.3 for rest in rests)
+    assert len(rests) > 2 and all(max(rest) - min(rest) > below - resolution - 0.3 for rest in rests)
 
 
 def test_a_hot_room_hangs_no_run(on, told, caplog):
@@ -186,7 +184,7 @@ def test_a_hot_room_hangs_no_run(on, told, caplog):
 
 def test_cooling_counts_for_the_duty(on, told):
     """A GPU that waits is idle, for whatever reason."""
-    laptop = Laptop(rise=200.0)
+    laptop = Laptop(rise=140.0)
     ours = run_hot(on, laptop, 60, target_temperature=75, max_duty=0.9)
     paused = told(ours)["paused"]
     assert paused["temperature"] > 3 * paused["duty"] and busy_share(laptop) < 0.9
@@ -197,8 +195,8 @@ def test_the_closing_line_tells_pauses_and_temperatures(on, caplog):
         run_hot(on, Laptop(), target_temperature=75, max_duty=0.9)
     (line,) = lines(caplog, "taken")
     assert "GPU pacing (cools from 75 °C to 70 °C, busy 90% of the time): steps 1–40 of 40" in line
-    assert "40 forwards taken, declined: none; paused " in line and "s for temperature" in line
-    assert "s for duty, 75 °C at most" in line and line.endswith("by sensor 1).")
+    assert "40 forwards taken, declined: none; paused " in line and "s for duty, " in line
+    assert "s for temperature, 75 °C at most, 7" in line and line.endswith("°C last by sensor 1).")
 
 
 # Sensors that cannot be believed.
@@ -223,7 +221,7 @@ def broken():
 def test_a_sensor_that_fails_or_lies_is_dropped_with_one_line(
     reading, why, has_other, on, told, caplog, record
 ):
-    laptop = Laptop(rise=200.0)
+    laptop = Laptop(rise=140.0)
     readings = [reading] if has_other else [reading, broken]
     model = laptop.heat(build_model(blocks=BLOCKS), 0.5)
     ours = on(laptop, model, *readings)
@@ -234,7 +232,7 @@ def test_a_sensor_that_fails_or_lies_is_dropped_with_one_line(
     assert "sensor 2 is asked instead" in line
     if has_other:
         assert told(ours)["sensor"] == "sensor 2" and told(ours)["paused"]["temperature"]
-        assert len(lines(caplog, "drops")) == 1 and told(ours)["hottest"] < 77
+        assert len(lines(caplog, "drops")) == 1 and told(ours)["hottest"] < 80
     else:
         assert lines(caplog, "drops sensor 3", "nothing paces")
         assert record(ours)["declined"] == {"NO_SENSOR": 19} and record(ours)["taken"] == 1
@@ -365,11 +363,12 @@ def test_cancel_answers_at_once(where, paced, told, pack):
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_results_are_the_same_bits(sampler, cfg, family, on, told):
-    laptop, model = Laptop(), build_model(family)
+    laptop, model = Laptop(start=45.0), build_model(family)
     expected = sample(model, family, cfg=cfg, sampler=sampler)
     ours = on(laptop, laptop.heat(model, 0.3), max_duty=0.5, target_temperature=40)
     assert equal(sample(ours, family, cfg=cfg, sampler=sampler), expected)
-    assert told(ours)["paused"]["duty"] + told(ours)["paused"]["temperature"] > 2
+    paused = told(ours)["paused"]
+    assert paused["temperature"] > 1 and paused["temperature"] + paused.get("duty", 0.0) > 2.5
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(("window", "freeze", "stride", "pace"))))
@@ -447,7 +446,7 @@ def test_threads_have_a_pace_each(pack):
     run = pack("patches.call").Sampling(
         pack("patches.clock").SigmaClock((1.0, 0.0), lambda percent: 1 - percent)
     )
-    laptops = {torch.device("cpu"): Laptop(), torch.device("meta"): Laptop(rise=200.0)}
+    laptops = {torch.device("cpu"): Laptop(), torch.device("meta"): Laptop(rise=140.0)}
 
     def sensors(device):
         return laptops[device].sensors(pack("patches.sensors").Sensor)

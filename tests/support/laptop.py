@@ -23,7 +23,8 @@ class Laptop:
         self,
         ambient: float = 30.0,
         rise: float = 70.0,
-        constant: float = 15.0,
+        constant: float = 25.0,
+        start: float | None = None,
         lead: float | None = None,
         resolution: float = 1.0,
     ) -> None:
@@ -31,7 +32,7 @@ class Laptop:
         self.ambient, self.rise, self.constant = ambient, rise, constant
         self.lead, self.resolution = lead, resolution
         self.clock = self.busy_until = self.busy = 0.0
-        self.temperature = ambient
+        self.temperature = ambient if start is None else start
         self.trace: list[tuple[float, float, bool]] = []
         self.drained = 0
 
