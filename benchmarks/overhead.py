@@ -44,8 +44,11 @@ import comfyui_tree
 # Sampling ends at a noise level of 0.5, long before that.
 LATE = {"start_percent": 0.99, "end_percent": 1.0}
 WINDOW = {"window": 1, "sink_frames": 0, "dense_blocks": 0}
+# No GPU gets as hot as that.
+COOL = {"target_temperature": 100}
 OURS = "frame_thrift"
 STOCK, OUTSIDE, COVERED = "stock", "all three outside their range", "window that covers the clip"
+PACED = "pacing with nothing to do"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,10 @@ def settings_of(pack: str, module: str, clip: ltx2.Clip) -> list[Setting]:
         window = {**WINDOW, "window": max(1, clip.grid[0] // 2), "start_percent": 0.0, "end_percent": 1.0}
         return patch(module, model, [("ApplyTemporalWindow", window)])
 
-    return [Setting(pack, OUTSIDE, outside), Setting(pack, COVERED, covered)]
+    settings = [Setting(pack, OUTSIDE, outside), Setting(pack, COVERED, covered)]
+    if hasattr(importlib.import_module(f"{module}.nodes"), "ThriftPaceGPU"):
+        settings.append(Setting(pack, PACED, lambda model: patch(module, model, [("ThriftPaceGPU", COOL)])))
+    return settings
 
 
 class Ticks:

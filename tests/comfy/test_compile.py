@@ -83,8 +83,7 @@ def test_the_window_in_compiled_blocks_comes_and_goes(is_ours_first, windowed, l
     assert not equal(eager, sample(model, cfg=1.0))
 
 
-@pytest.mark.parametrize("keys", [WHOLE, BLOCKS])
-@pytest.mark.parametrize("is_ours_first", [True, False])
+@pytest.mark.parametrize(("is_ours_first", "keys"), [(True, WHOLE), (False, BLOCKS)])
 def test_a_compiled_model_is_paced_after_calls_only(is_ours_first, keys, pack):
     """And nothing of the pacing is compiled, nor breaks what is."""
     pacing = pack("patches.techniques.pacing")
