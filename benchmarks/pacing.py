@@ -6,7 +6,7 @@
 
 LTX-2's width with random bf16 weights on eight multiprocessors of the GPU, which is the work of a laptop's card (on all of
 them with `--multiprocessors 0`), Euler without CFG, sampled through ComfyUI for `--span` seconds a row. The duty is measured
-apart from the pack: by CUDA events before every transformer block and behind each of its parts, on the device's own clock;
+apart from the pack: by CUDA events before every forward and block and behind each part of a block, on the device's own clock;
 what passes from one block to the next counts as busy if it is shorter than 20 ms, which is less than any pause. Power,
 temperature and utilisation come from nvidia-smi. One row has a sensor that is made up, of a GPU that gets hot and cools
 down within seconds: it shows that pauses follow a temperature. `nothing to do` and `stock` tell what pacing costs where it
@@ -80,18 +80,24 @@ class Smi:
 
 
 class Blocks:
-    """Device times of the blocks of one run: before each, and behind the last of its parts."""
+    """Device times of the blocks of one run: before each, and behind the last of its parts; and before each forward."""
 
     def __init__(self, model: Any, device: str) -> None:
         self._device = device
         self._spans: list[list[Any]] = []
-        self._hooks = []
-        for block in model.model.diffusion_model.transformer_blocks:
-            self._hooks.append(
-                block.register_forward_pre_hook(lambda *_: self._spans.append([self._now(), None]))
-            )
+        network = model.model.diffusion_model
+        self._hooks = [network.register_forward_pre_hook(self._enter)]
+        for block in network.transformer_blocks:
+            self._hooks.append(block.register_forward_pre_hook(self._enter))
             self._hooks += [part.register_forward_hook(self._leave) for part in block.children()]
         self._begin = self._now()
+
+    def _enter(self, *_: Any) -> None:
+        now = self._now()
+        if self._spans and self._spans[-1][1] is None:
+            # From the forward to its first block.
+            self._spans[-1][1] = now
+        self._spans.append([now, None])
 
     def _leave(self, *_: Any) -> None:
         self._spans[-1][1] = self._now()

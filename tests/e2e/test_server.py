@@ -154,8 +154,8 @@ def test_cancel_ends_a_pause_at_once(server: Any, driver: Any, graphs: Any, new_
 
     with pytest.raises(driver.ExecutionInterrupted):
         server.queue(with_pace(graphs, target_temperature=75, max_duty=0.1), begin)
-    # 0.2 s, and what the messages take.
-    assert time.perf_counter() - asked[0] < 0.5
+    # 0.2 s, and what a busy server takes to say so; a pause is two seconds long or more.
+    assert time.perf_counter() - asked[0] < 1.0
     assert new_log().count("GPU pacing finds no temperature sensor for cpu; only max_duty paces.") == 1
 
 
