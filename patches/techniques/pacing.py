@@ -226,8 +226,8 @@ class Pace:
             return
         # What this step may no longer pause for is not made up for later.
         if self._left() > 0:
-            self.queue.drain()
             end = self.queue.mark()
+            self.queue.drain()
             busy = sum(self.queue.seconds(*piece) for piece in (*self._pieces, (self._piece, end)))
             if not is_hot and busy < SLICE:
                 return

@@ -89,6 +89,7 @@ class Laptop:
         self.wait_for(self.busy_until)
 
     def seconds(self, begin: float, end: float) -> float:
+        assert begin <= end <= self.clock, "a device cannot tell of what it has not done"
         return end - begin
 
     # As sensors.
