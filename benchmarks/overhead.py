@@ -44,9 +44,16 @@ import comfyui_tree
 # Sampling ends at a noise level of 0.5, long before that.
 LATE = {"start_percent": 0.99, "end_percent": 1.0}
 WINDOW = {"window": 1, "sink_frames": 0, "dense_blocks": 0}
+# No GPU gets as hot as that.
+COOL = {"target_temperature": 100}
 OURS = "frame_thrift"
 STOCK, OUTSIDE, COVERED = "stock", "every technique, none acting", "window that covers the clip"
-PRECISION = "ThriftAttentionPrecision"
+PACED = "pacing with nothing to do"
+NEWER: dict[str, dict[str, Any]] = {
+    "ThriftLowRankAttention": LATE,
+    "ThriftAttentionPrecision": {"self_attention": "bf16", "text_attention": "bf16"},
+    "ThriftPaceGPU": COOL,
+}
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,8 @@ def settings_of(pack: str, module: str, clip: ltx2.Clip) -> list[Setting]:
             ("ScheduleSpatialFreeze", LATE),
         ]
         nodes = importlib.import_module(f"{module}.nodes")
-        if hasattr(nodes, PRECISION):  # Older commits have no such node.
-            late.append((PRECISION, {"self_attention": "bf16", "text_attention": "bf16"}))
+        # Older commits lack some of these.
+        late += [(name, inputs) for name, inputs in NEWER.items() if hasattr(nodes, name)]
         node = nodes.KeyframeStride
         return node.execute(patch(module, model, late), {"samples": ltx2.empty(full, "cpu")}, 2).args[0]
 
@@ -78,7 +85,10 @@ def settings_of(pack: str, module: str, clip: ltx2.Clip) -> list[Setting]:
         window = {**WINDOW, "window": max(1, clip.grid[0] // 2), "start_percent": 0.0, "end_percent": 1.0}
         return patch(module, model, [("ApplyTemporalWindow", window)])
 
-    return [Setting(pack, OUTSIDE, outside), Setting(pack, COVERED, covered)]
+    settings = [Setting(pack, OUTSIDE, outside), Setting(pack, COVERED, covered)]
+    if hasattr(importlib.import_module(f"{module}.nodes"), "ThriftPaceGPU"):
+        settings.append(Setting(pack, PACED, lambda model: patch(module, model, [("ThriftPaceGPU", COOL)])))
+    return settings
 
 
 class Ticks:

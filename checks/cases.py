@@ -91,6 +91,10 @@ def stride(by: int) -> Settings:
     return "KeyframeStride", {"stride": by}
 
 
+def pace() -> Settings:
+    return "ThriftPaceGPU", {"target_temperature": 0, "max_duty": 0.9}
+
+
 SCOPES = ("whole blocks", "per-frame work", "spatial attention")
 
 
@@ -106,6 +110,7 @@ FEW: list[list[Settings]] = [
     *([freeze(scope)] for scope in SCOPES),
     [stride(2)],
     [precision()],
+    [pace()],
     *orders(window(), freeze(), stride(2)),
     [coarse()],
     *orders(window(window=3), coarse()),
@@ -128,6 +133,7 @@ MORE: list[list[Settings]] = [
     [freeze(cache_device="cpu")],
     [freeze(cache_limit_gb=1e-4)],
     [stride(3)],
+    *(list(order) for order in itertools.permutations((window(), freeze(), stride(2), pace()))),
     [window(), window(window=2)],
     [freeze(), freeze(refresh_every=1)],
     [stride(2), ("KeyframeStride", {"stride": 1})],

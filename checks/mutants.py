@@ -164,6 +164,18 @@ MUTANTS = [
         ("tests/comfy/test_techniques.py::test_some_frames_beside_guides_under_the_window",),
     ),
     Mutant(
+        "a full queue counted as idle",
+        "            self.queue.drain()\n",
+        "",
+        ("tests/comfy/test_pacing.py::test_it_is_busy_for_its_share_however_far_ahead_the_host_is",),
+    ),
+    Mutant(
+        "pauses that go on for as long as it is hot",
+        "end = begun + min(seconds, self._left())",
+        "end = begun + seconds",
+        ("tests/comfy/test_pacing.py::test_no_step_pauses_longer_than_max_pause",),
+    ),
+    Mutant(
         "options overwritten by those of ComfyUI",
         "given.update(changes)",
         "pass",

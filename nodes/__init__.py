@@ -6,6 +6,7 @@ from .keyframe_stride import KeyframeStride
 from .latent_flow_interpolate import LatentFlowInterpolate
 from .load_optical_flow import ThriftLoadOpticalFlow
 from .low_rank_attention import ThriftLowRankAttention
+from .pace_gpu import ThriftPaceGPU
 from .schedule_spatial_freeze import ScheduleSpatialFreeze
 from .thin_guide import ThriftThinGuide
 
@@ -17,5 +18,6 @@ NODES = [
     ThriftAttentionPrecision,
     ThriftLoadOpticalFlow,
     ThriftLowRankAttention,
+    ThriftPaceGPU,
     ThriftThinGuide,
 ]

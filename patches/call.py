@@ -17,6 +17,7 @@ from .kernels.segments import Segments
 from .kernels.tokens import VideoTokens
 from .layouts.layout import Layout, Site, Stream, Unclear
 from .layouts.role import Role
+from .shadow import is_compiled
 
 OVERRIDE = "optimized_attention_override"
 
@@ -113,12 +114,13 @@ class Sites(tuple[tuple[torch.nn.Module, Site], ...]):
 class Call:
     """One forward of one batch of conds. What techniques have to remember of it lies here, each under its own State.
 
-    evaluation: how many times the sampler has called for noise so far. shape, dtype, device: of the latent [B, ...];
+    model: the diffusion model. evaluation: how many times the sampler has called for noise so far. shape, dtype, device: of the latent [B, ...];
     text: shape of the text [B, n, C]. options: transformer_options as others have left them. is_unwatched: nobody has a say
     in video self-attention. acting: the states that have not declined all of it. shadowing, awaiting, reached:
     the states that have put something over modules, that wait for attention calls, and whose calls have come.
     """
 
+    model: torch.nn.Module
     layout: Layout
     sites: Sites
     clock: SigmaClock
@@ -185,6 +187,11 @@ class Call:
     def is_foreign(self) -> bool:
         """Whether another pack has told the whole forward how to compute attention."""
         return OVERRIDE in self.options
+
+    @cached_property
+    def is_compiled(self) -> bool:
+        """Whether torch.compile has made code of the model or of blocks in it."""
+        return is_compiled(self.model, self.layout.blocks, self.options)
 
     @property
     def replaced_blocks(self) -> Mapping[Any, Any]:

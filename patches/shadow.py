@@ -7,12 +7,16 @@ what is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from comfy.patcher_extension import WrappersMP
+
+# Of comfy_api.torch_helpers, which is not in every tree.
+COMPILE_KEY = "torch.compile"
 
 
 @torch.compiler.disable
@@ -28,6 +32,19 @@ def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def is_rewritten(module: torch.nn.Module) -> bool:
     """Whether another pack has put a `forward` of its own over the module's; torch.compile's does not count."""
     return "forward" in vars(inner(module))
+
+
+def is_compiled(
+    model: torch.nn.Module, blocks: Iterable[torch.nn.Module], options: Mapping[str, Any]
+) -> bool:
+    """Whether torch.compile is at work in a forward of `model` with these blocks.
+
+    ComfyUI's and KJNodes' nodes exchange modules within APPLY_MODEL, maybe behind our back: their wrapper tells.
+    """
+    return COMPILE_KEY in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}) or any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in (model, *blocks)
+    )
 
 
 def inner(module: torch.nn.Module) -> torch.nn.Module:

@@ -219,6 +219,7 @@ def _apply_model(
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
     begin = partial(
         Call,
+        diffusion_model,
         layout,
         run.sites_of(diffusion_model, layout),
         run.clock,

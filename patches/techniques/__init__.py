@@ -3,7 +3,15 @@
 from .attention_precision import AttentionPrecision
 from .keyframe_stride import StretchedTimes
 from .low_rank import LowRankAttention
+from .pacing import GpuPacing
 from .spatial_freeze import SpatialFreeze
 from .temporal_window import TemporalWindow
 
-TECHNIQUES = (StretchedTimes, SpatialFreeze, TemporalWindow, LowRankAttention, AttentionPrecision)
+TECHNIQUES = (
+    StretchedTimes,
+    SpatialFreeze,
+    TemporalWindow,
+    LowRankAttention,
+    AttentionPrecision,
+    GpuPacing,
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,33 @@ def test_interrupt_leaves_a_healthy_server(server: Any, driver: Any, graphs: Any
     assert torch.equal(latent_of(server, again), before)
 
 
+def with_pace(graphs: Any, **settings: Any) -> dict[str, Any]:
+    graph = graphs.build_graph(None, seed=18, **{**SMALL, "steps": 100})
+    inputs = {"model": ["tiny", 0], "resume_below": 5, "max_pause": 60.0, **settings}
+    graph["pace"] = {"class_type": "ThriftPaceGPU", "inputs": inputs}
+    graph["guider"]["inputs"]["model"] = ["pace", 0]
+    return graph
+
+
+def test_cancel_ends_a_pause_at_once(server: Any, driver: Any, graphs: Any, new_log: Any) -> None:
+    """Nine tenths of the time it pauses."""
+    asked: list[float] = []
+
+    def cancel() -> None:
+        asked.append(time.perf_counter())
+        server.interrupt()
+
+    def begin(node: str, done: int, total: int) -> None:
+        if node == graphs.SAMPLER and done == 1:
+            threading.Timer(3.0, cancel).start()
+
+    with pytest.raises(driver.ExecutionInterrupted):
+        server.queue(with_pace(graphs, target_temperature=75, max_duty=0.1), begin)
+    # 0.2 s, and what a busy server takes to say so; a pause is two seconds long or more.
+    assert time.perf_counter() - asked[0] < 1.0
+    assert new_log().count("GPU pacing finds no temperature sensor for cpu; only max_duty paces.") == 1
+
+
 def test_unknown_model_runs_unharmed_and_the_log_says_why(server: Any, new_log: Any) -> None:
     def sample(window: dict[str, Any] | None) -> torch.Tensor:
         inputs = {"seed": 3, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple"}
@@ -189,6 +218,11 @@ NODES = {
         {"forecast", "blocks_kept", "cache_device", "cache_limit_gb", "cache_dtype"},
     ),
     "ThriftLoadOpticalFlow": (["OPTICAL_FLOW"], ["model_name"], set()),
+    "ThriftPaceGPU": (
+        ["MODEL"],
+        ["model", "target_temperature", "resume_below", "max_duty", "max_pause"],
+        set(),
+    ),
     "ThriftThinGuide": (["IMAGE"], ["image", "stride"], set()),
 }
 

@@ -118,6 +118,8 @@ def test_template_runs_dry(
     latent = run(server, prompt)
     assert torch.isfinite(latent).all()
     lines = [line for line in new_log().splitlines() if "FrameThrift:" in line]
+    # The server runs on a CPU.
+    lines = [line for line in lines if "finds no temperature sensor for cpu" not in line]
     assert "taken" in lines[0] and all("taken" in line or "not needed" in line for line in lines)
 
 
