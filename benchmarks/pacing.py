@@ -112,7 +112,9 @@ class Blocks:
     def is_idle(self) -> bool:
         """Whether the device has done all that these blocks gave it."""
         last = self._spans[-1][1] if self._spans else None
-        return last is None or self._device != "cuda" or last.query()
+        if last is None or self._device == "cuda":
+            return last is None or last.query()
+        return time.perf_counter() - last > 0.2
 
     def share(self) -> float:
         """Of the time since this was made, the part in which the device computed."""
@@ -244,9 +246,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     continue
                 report["rows"].append(measured(model, options, clip, smi, duty, step, is_faked))
                 save()
-            for name in (STOCK, IDLE):
+            for number, name in enumerate((STOCK, IDLE)):
                 # Pairs of neighbouring steps, and the one before them.
-                left = min(options.span, options.seconds - (time.monotonic() - begin))
+                left = (options.seconds - (time.monotonic() - begin)) / (2 - number)
                 steps = 2 * int(left / step / 2) + 1
                 if steps < 5:
                     print(f"no time left for {name}")
