@@ -309,8 +309,13 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
             for setting, ours in patched.items():
                 if is_late("steps", sms, clip.name, setting):
                     continue
-                ms, peak = step_milliseconds(ours, clip, device, 2 if sms else options.repeats)
-                check_it_acts(setting, ours)
+                try:
+                    ms, peak = step_milliseconds(ours, clip, device, 2 if sms else options.repeats)
+                    check_it_acts(setting, ours)
+                except RuntimeError as error:
+                    report["left_out"].append(f"steps, {sms}, {clip.name}, {setting}: {error}")
+                    print(report["left_out"][-1], flush=True)
+                    continue
                 dense = ms if setting == "dense" else dense
                 frames, height, width = clip.grid
                 row = {"multiprocessors": sms, "grid": f"{frames}×{height * width}", "setting": setting}
