@@ -9,8 +9,8 @@ them with `--multiprocessors 0`), Euler without CFG, sampled through ComfyUI for
 apart from the pack: by CUDA events before every forward and block and behind each part of a block, on the device's own clock;
 what passes from one block to the next counts as busy if it is shorter than 20 ms, which is less than any pause. Power,
 temperature and utilisation come from nvidia-smi. One row has a sensor that is made up, of a GPU that gets hot and cools
-down within seconds: it shows that pauses follow a temperature. `nothing to do` and `stock` tell what pacing costs where it
-never pauses, step by step in turn.
+down within seconds: it shows that pauses follow a temperature. The overhead is that of pacing that never pauses, and of every
+technique of the pack mounted and none acting, step by step in turn with stock.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from runtime import PACK  # isort: split
 import ltx2
 import torch
 from comfyui_version import __version__ as comfyui_version
-from overhead import pairs_of, summed_up
+from overhead import OUTSIDE, pairs_of, settings_of, summed_up
 from throttle import throttled
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "pacing.json"
 DUTIES = (1.0, 0.7, 0.4)
 FAKED, IDLE, STOCK = "faked sensor, 75 °C to 70 °C", "nothing to do", "stock"
+DUTY, OVERHEAD = "duty", "overhead"
 # Seconds between two blocks that are no pause.
 GAP = 0.02
 QUERY = ("timestamp", "power.draw", "temperature.gpu", "utilization.gpu")
@@ -221,6 +222,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "blocks": options.blocks,
         "clip": clip.name,
         "rows": [],
+        "overhead": [],
     }
     sensors = importlib.import_module(f"{PACK}.patches.sensors").sensors_of(torch.device(device, 0))
     report["sensors"] = {sensor.name: sensor.read() for sensor in sensors}
@@ -240,22 +242,28 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     torch.cuda.synchronize()
                 step = time.perf_counter() - begun
             report["step_s"] = step
-            for duty, is_faked in (*((duty, False) for duty in DUTIES), (1.0, True)):
+            asked = [(duty, False) for duty in DUTIES] + [(1.0, True)]
+            for duty, is_faked in asked if DUTY in options.parts else ():
                 if time.monotonic() - begin + options.span > options.seconds:
                     print(f"no time left for max_duty {duty:g}, made-up sensor: {is_faked}")
                     continue
                 report["rows"].append(measured(model, options, clip, smi, duty, step, is_faked))
                 save()
-            for number, name in enumerate((STOCK, IDLE)):
+            neutral = {setting.name: setting for setting in settings_of("", PACK, clip)}[OUTSIDE]
+            mounted = {
+                STOCK: lambda: model,
+                IDLE: lambda: paced(model, lambda: 40.0),
+                OUTSIDE: lambda: neutral.mounted(model),
+            }
+            for number, name in enumerate(mounted if OVERHEAD in options.parts else ()):
                 # Pairs of neighbouring steps, and the one before them.
-                left = (options.seconds - (time.monotonic() - begin)) / (2 - number)
+                left = (options.seconds - (time.monotonic() - begin)) / (len(mounted) - number)
                 steps = 2 * int(left / step / 2) + 1
                 if steps < 5:
                     print(f"no time left for {name}")
                     continue
-                ours = model if name == STOCK else paced(model, lambda: 40.0)
-                pairs = pairs_of(ours, clip, steps, device)
-                report.setdefault("overhead", []).append({"row": name, "pairs": pairs, **summed_up(pairs)})
+                pairs = pairs_of(mounted[name](), clip, steps, device)
+                report["overhead"].append({"row": name, "pairs": pairs, **summed_up(pairs)})
                 save()
     finally:
         smi.close()
@@ -323,6 +331,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true", help="only write table and picture")
     parser.add_argument("--seconds", type=float, default=90, help="start no row that would end later")
+    parser.add_argument("--parts", nargs="+", choices=(DUTY, OVERHEAD), default=[DUTY, OVERHEAD])
     parser.add_argument("--span", type=float, default=10, help="seconds a row")
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--frames", type=int, default=97)

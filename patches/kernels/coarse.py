@@ -8,14 +8,16 @@ Near and far parts of one softmax are merged by their log-sum-exp (LSE), as in `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
+from einops import rearrange
 
-from .pooling import Coarse, Grid, Piece
+from .pooling import Coarse, Grid, Piece, pieces
 from .segments import Attend, Segment, Segments
 from .split_softmax import attend_with_lse, merge_into, split_heads
 from .tokens import Ranges, VideoTokens, merged
@@ -91,27 +93,32 @@ def _without(ranges: Ranges, others: list[tuple[int, int]]) -> Ranges:
     return merged(out)
 
 
-class Pooled:
-    """The pooled keys and values of one attention call, each grid pooled once."""
-
-    def __init__(self, k_BNC: torch.Tensor, v_BNC: torch.Tensor, segments: Segments) -> None:
-        self._plain = k_BNC, v_BNC
-        grids = {coarse.grid for part in segments.parts for coarse in part.coarse}
-        self._of = {grid: (grid.pooled(k_BNC), grid.pooled(v_BNC)) for grid in grids}
-
-    def views(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-        """Its keys and values [B, n, C]."""
-        if piece.grid is None:
-            k, v = self._plain
-        else:
-            k, v = (of[piece.cells] for of in self._of[piece.grid])
-        return k[:, piece.start : piece.stop], v[:, piece.start : piece.stop]
-
-
 def pieces_of(part: Segment) -> list[Piece]:
     """All that a segment sees, the longest range of plain keys first."""
     plain = sorted((Piece(*keys) for keys in part.keys), key=lambda piece: piece.start - piece.stop)
-    return plain + [piece for coarse in part.coarse for piece in coarse.pieces()]
+    return [*plain, *pieces(part.coarse)]
+
+
+class Pooled:
+    """Keys and values of one attention call, and what each grid has pooled of them, once."""
+
+    def __init__(self, k_BNC: torch.Tensor, v_BNC: torch.Tensor, seen: Iterable[Piece]) -> None:
+        self._plain = k_BNC, v_BNC
+        self._of: dict[Grid, list[list[torch.Tensor]]] = {}
+        for piece in seen:
+            grid = piece.grid
+            if grid is None:
+                continue
+            if grid not in self._of:
+                self._of[grid] = [grid.pooled(k_BNC), grid.pooled(v_BNC)]
+            if piece.stop > grid.sizes[piece.size].count == self._of[grid][0][piece.size].shape[1]:
+                for of in self._of[grid]:
+                    of[piece.size] = torch.cat([of[piece.size]] * 2, dim=1)
+
+    def views(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its keys and values [B, n, C]."""
+        k, v = self._plain if piece.grid is None else (of[piece.size] for of in self._of[piece.grid])
+        return k[:, piece.start : piece.stop], v[:, piece.start : piece.stop]
 
 
 def attend_masked(
@@ -123,15 +130,15 @@ def attend_masked(
     attend: Attend,
 ) -> torch.Tensor:
     """Coarse attention by one masked call a segment: right with every backend that takes masks. Returns [B, rows, C]."""
-    pooled, out = Pooled(k_BNC, v_BNC, segments), []
-    for part in _parts_within(segments, rows):
-        pieces = pieces_of(part)
-        views = [pooled.views(piece) for piece in pieces]
-        keys, values = (torch.cat(parts, dim=1) for parts in zip(*views, strict=True))
+    parts = [(part, pieces_of(part)) for part in _parts_within(segments, rows)]
+    pooled = Pooled(k_BNC, v_BNC, (piece for _, seen in parts for piece in seen))
+    out = []
+    for part, seen in parts:
+        keys, values = (torch.cat(x, dim=1) for x in zip(*map(pooled.views, seen), strict=True))
         q = q_BNC[:, part.start - rows.start : part.stop - rows.start]
         mask = None
         if part.coarse:
-            bias = [q.new_full((piece.stop - piece.start,), math.log(piece.keys)) for piece in pieces]
+            bias = [q.new_full((piece.stop - piece.start,), math.log(piece.keys)) for piece in seen]
             mask = torch.cat(bias).expand(1, 1, q.shape[1], -1)
         out.append(attend(q, keys, values, mask))
     return torch.cat(out, dim=1)
@@ -146,39 +153,75 @@ def attend_merged(
     rows: range,
     segments: Segments,
 ) -> torch.Tensor:
-    """The same without a mask and without a copy: near and pooled keys one after the other, merged by their LSE.
+    """The same without a mask: views of near and of pooled keys one after the other, merged by their LSE.
 
     What neighbouring segments share is attended by all their queries in one call. Returns [B, rows, C].
     """
-    pooled, out_BNC = Pooled(k_BNC, v_BNC, segments), torch.empty_like(q_BNC)
-    q, out = (split_heads(x, heads) for x in (q_BNC, out_BNC))
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    for start, stop, piece, is_first in _calls(segments, rows):
-        at = slice(start - rows.start, stop - rows.start)
-        k, v = (split_heads(x, heads) for x in pooled.views(piece))
-        more, more_lse = attend_with_lse(q[:, :, at], k, v, scale)
-        more_lse = more_lse + math.log(piece.keys)
-        if is_first:
-            out[:, :, at], lse[:, :, at] = more, more_lse
-        else:
-            merge_into(out[:, :, at], lse[:, :, at], more, more_lse)
-    return out_BNC
+    layers = _layers(segments, rows)
+    pooled = Pooled(k_BNC, v_BNC, (call.piece for layer in layers for call in layer))
+    q = split_heads(q_BNC, heads)
+
+    def attend(call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = (split_heads(x, heads) for x in pooled.views(call.piece))
+        out, lse = attend_with_lse(q[:, :, call.start : call.stop], k, v, scale)
+        return out, lse + math.log(call.piece.keys)
+
+    def attend_layer(layer: list[_Call]) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(layer) == 1:
+            return attend(layer[0])
+        start, stop = layer[0].start, layer[-1].stop
+        is_whole = sum(call.stop - call.start for call in layer) == stop - start
+        # Queries in between that have no call weigh nothing when it is merged.
+        out_BNC = (torch.empty_like if is_whole else torch.zeros_like)(q_BNC[:, start:stop])
+        out = split_heads(out_BNC, heads)
+        lse = q.new_full(out.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        for call in layer:
+            at = slice(call.start - start, call.stop - start)
+            out[:, :, at], lse[:, :, at] = attend(call)
+        return out, lse
+
+    out, lse = attend_layer(layers[0])
+    for layer in layers[1:]:
+        at = slice(layer[0].start, layer[-1].stop)
+        merge_into(out[:, :, at], lse[:, :, at], *attend_layer(layer))
+    return rearrange(out, "b h n d -> b n (h d)")
+
+
+class _Call(NamedTuple):
+    """Rows of queries and what they see in one attention call."""
+
+    start: int
+    stop: int
+    piece: Piece
 
 
 @lru_cache(maxsize=64)
-def _calls(segments: Segments, rows: range) -> list[tuple[int, int, Piece, bool]]:
-    """Query tokens (start, stop), what they see in one call, and whether it is the first for them."""
+def _layers(segments: Segments, rows: range) -> list[list[_Call]]:
+    """Every call, in layers in which no query stands twice; all of them stand in the first."""
     parts = [(part, pieces_of(part)) for part in _parts_within(segments, rows)]
-    calls = []
-    for piece, run in groupby(parts, key=lambda each: each[1][0]):
-        stretch = list(run)
-        calls.append((stretch[0][0].start, stretch[-1][0].stop, piece, True))
-    for piece in dict.fromkeys(piece for _, pieces in parts for piece in pieces[1:]):
-        for sees, run in groupby(parts, key=lambda each: piece in each[1][1:]):
-            stretch = list(run)
+
+    def calls(piece: Piece, places: Iterable[bool]) -> Iterator[_Call]:
+        for sees, run in groupby(zip(parts, places, strict=True), key=lambda each: each[1]):
+            stretch = [part for (part, _), _ in run]
             if sees:
-                calls.append((stretch[0][0].start, stretch[-1][0].stop, piece, False))
-    return calls
+                yield _Call(stretch[0].start - rows.start, stretch[-1].stop - rows.start, piece)
+
+    firsts = dict.fromkeys(seen[0] for _, seen in parts)
+    others = dict.fromkeys(piece for _, seen in parts for piece in seen[1:])
+    layers = [[call for piece in firsts for call in calls(piece, (seen[0] == piece for _, seen in parts))]]
+    for piece in others:
+        for call in calls(piece, (piece in seen[1:] for _, seen in parts)):
+            fitting = (
+                layer
+                for layer in layers[1:]
+                if all(call.stop <= other.start or other.stop <= call.start for other in layer)
+            )
+            layer = next(fitting, None)
+            if layer is None:
+                layers.append([call])
+            else:
+                layer.append(call)
+    return [sorted(layer) for layer in layers]
 
 
 def _parts_within(segments: Segments, rows: range) -> list[Segment]:

@@ -15,16 +15,16 @@ from einops import reduce
 
 
 class Piece(NamedTuple):
-    """Keys that lie side by side, [start, stop) of all keys or of those that `grid` has pooled for one kind of its cells.
+    """Keys that lie side by side, [start, stop) of all keys, or of those that `grid` has pooled from groups of one size.
 
-    Each stands for `keys` keys.
+    Each stands for `keys` keys. Pooled keys lie in a ring: behind their last comes their first again.
     """
 
     start: int
     stop: int
     keys: int = 1
     grid: Grid | None = None
-    cells: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,41 +91,53 @@ class Grid:
 
         return tuple(Cells(*rows, *columns) for rows in parts(self.height) for columns in parts(self.width))
 
+    @cached_property
+    def sizes(self) -> tuple[Size, ...]:
+        """Groups that are equally large: for each kind of `cells`, those of `pool` frames, and a shorter last one."""
+        whole = self.frames // self.pool
+        spans = [(0, whole, self.pool), (whole, self.groups, self.frames - whole * self.pool)]
+        return tuple(Size(*span, cells) for span in spans if span[0] < span[1] for cells in self.cells)
+
     def pooled(self, x_BNC: torch.Tensor) -> list[torch.Tensor]:
-        """Means of all groups: for each kind of `cells`, [B, groups · cells, C], a shorter last group behind the others."""
-        a_frame, whole = self.height * self.width, self.frames // self.pool * self.pool
+        """Means of all groups, [B, groups · cells, C] for each of `sizes`."""
+        a_frame = self.height * self.width
         clip = x_BNC[:, self.start : self.start + self.frames * a_frame]
         clip = clip.unflatten(1, (self.frames, self.height, self.width))
         out = []
-        for cells in self.cells:
-            part = clip[:, :, cells.top : cells.bottom, cells.left : cells.right]
-            pieces = [(part[:, :whole], self.pool), (part[:, whole:], self.frames - whole)]
-            means = [
+        for size in self.sizes:
+            cells, begin = size.cells, size.first * self.pool
+            frames = clip[:, begin : begin + (size.last - size.first) * size.frames]
+            out.append(
                 reduce(
-                    piece,
+                    frames[:, :, cells.top : cells.bottom, cells.left : cells.right],
                     "b (t p) (r y) (c x) ch -> b (t r c) ch",
                     "mean",
-                    p=frames,
+                    p=size.frames,
                     y=cells.height,
                     x=cells.width,
                 )
-                for piece, frames in pieces
-                if piece.shape[1]
-            ]
-            out.append(means[0] if len(means) == 1 else torch.cat(means, dim=1))
+            )
         return out
 
-    def pieces(self, first: int, last: int) -> Iterator[Piece]:
-        """Groups [first, last) along time, in pieces whose pooled keys stand for equally many."""
-        whole = self.frames // self.pool
-        for kind, cells in enumerate(self.cells):
-            for a, b, frames in (
-                (first, min(last, whole), self.pool),
-                (max(first, whole), last, self.frames - whole * self.pool),
-            ):
-                if a < b:
-                    keys = frames * cells.height * cells.width
-                    yield Piece(a * cells.count, b * cells.count, keys, self, kind)
+
+@dataclass(frozen=True)
+class Size:
+    """Groups [first, last) along time of `frames` frames each, at some cells of a frame."""
+
+    first: int
+    last: int
+    frames: int
+    cells: Cells
+
+    @property
+    def count(self) -> int:
+        """Pooled keys."""
+        return (self.last - self.first) * self.cells.count
+
+    @property
+    def keys(self) -> int:
+        """What each of them stands for."""
+        return self.frames * self.cells.height * self.cells.width
 
 
 @dataclass(frozen=True)
@@ -140,5 +152,23 @@ class Coarse:
     def key_count(self) -> int:
         return (self.last - self.first) * self.grid.keys_a_group
 
-    def pieces(self) -> Iterator[Piece]:
-        return self.grid.pieces(self.first, self.last)
+
+def pieces(ranges: tuple[Coarse, ...]) -> Iterator[Piece]:
+    """Ascending ranges of groups, in as few pieces as possible."""
+    for grid in dict.fromkeys(coarse.grid for coarse in ranges):
+        for index, size in enumerate(grid.sizes):
+            cells = size.cells.count
+            cut = [
+                (
+                    (max(c.first, size.first) - size.first) * cells,
+                    (min(c.last, size.last) - size.first) * cells,
+                )
+                for c in ranges
+                if c.grid == grid
+            ]
+            seen = [(start, stop) for start, stop in cut if start < stop]
+            if len(seen) > 1 and seen[0][0] == 0 and seen[-1][1] == size.count:
+                # What lies before and behind the near frames, in one piece around the ring.
+                seen[-1] = seen[-1][0], size.count + seen.pop(0)[1]
+            for start, stop in seen:
+                yield Piece(start, stop, size.keys, grid, index)

@@ -170,29 +170,24 @@ def test_types(case, dtype, kernel, made):
 
 
 def test_pools_once_a_call_and_copies_no_keys(kernel, made, monkeypatch):
-    """Views of keys and pooled keys; what neighbours share is attended once for all."""
+    """Views of keys and of pooled keys; what neighbours share is attended once for all."""
     tokens, segments, _ = made((13, 2, 2, 1, 1, 2, 1, 0, 0))
     q, k, v = plain_attention.tensors(tokens.total)
-    pooling, calls = kernel.Grid, []
-    pooled, attend_with_lse = pooling.pooled, kernel.attend_with_lse
-    stores = {x.untyped_storage().data_ptr() for x in (k, v)}
-    monkeypatch.setattr(
-        pooling,
-        "pooled",
-        lambda self, x: (
-            calls.append(x.shape),
-            [stores.add(out.untyped_storage().data_ptr()) or out for out in pooled(self, x)],
-        )[1],
-    )
+    pooled, pooling, calls, stores = kernel.Grid.pooled, [], [], set()
+    monkeypatch.setattr(kernel.Grid, "pooled", lambda self, x: pooling.append(x) or pooled(self, x))
+    attend_with_lse = kernel.attend_with_lse
 
     def looking(q, k, v, scale):
-        assert {k.untyped_storage().data_ptr(), v.untyped_storage().data_ptr()} <= stores
-        calls.append(q.shape[2])
+        stores.update(x.untyped_storage().data_ptr() for x in (k, v))
+        calls.append((q.shape[2], k.shape[2]))
         return attend_with_lse(q, k, v, scale)
 
     monkeypatch.setattr(kernel, "attend_with_lse", looking)
     kernel.attend_merged(q, k, v, HEADS, None, range(tokens.total), segments)
-    assert calls[:2] == [k.shape, v.shape]
-    # Frame 0 is near to the first frames anyway; the others see it in one call.
-    queries = calls[2:]
-    assert len(queries) < 3 * 13 and 4 * 13 > max(queries) >= 4 * 8
+    assert [x is y for x, y in zip(pooling, (k, v), strict=True)] == [True, True]
+    # Plain keys and values, and pooled ones in one ring.
+    assert len(stores) == 4 and {k.untyped_storage().data_ptr(), v.untyped_storage().data_ptr()} < stores
+    # Seven stretches of frames see near and far keys in one call each, and all but the first ones the sink.
+    assert len(calls) == 7 + 7 + 1 and sum(queries * keys for queries, keys in calls) == segments.pairs(
+        range(tokens.total)
+    )
