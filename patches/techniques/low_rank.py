@@ -57,9 +57,9 @@ class LowRankAttention(Technique):
     pool: int = setting(Whole(2, 1, 8))
     spatial_pool: int = setting(Whole(1, 1, 4))
     sink_frames: int = setting(Whole(1, 0, 8))
-    keep: float = setting(Number(0.3, 0.0, 1.0, 0.01))
+    keep: float = setting(Number(0.5, 0.0, 1.0, 0.01))
     threshold: float = setting(Number(1.0, 0.0, 4.0, 0.05))
-    extra_tokens: int = setting(Whole(256, 0, 256, 64))
+    extra_tokens: int = setting(Whole(0, 0, 256, 64))
     dense_blocks: int = setting(Whole(1, 0, 16))
     schedule: Schedule = field(default=Schedule(0.25, 1.0), kw_only=True)
 
