@@ -20,6 +20,8 @@ def test_tables_are_the_measured_ones(pack):
         "quality_strides",
         "quality_freeze",
         "quality_low_rank",
+        "low_rank",
+        "pacing",
         "quality_precision",
         "precision",
         "freeze",
@@ -27,6 +29,49 @@ def test_tables_are_the_measured_ones(pack):
     )
     for name in (f"{name}.md" for name in names):
         assert (pack.root / "benchmarks" / name).read_text(encoding="utf-8").strip() in readme, name
+
+
+def test_what_the_readme_says_about_low_rank_attention(pack):
+    folder = pack.root / "benchmarks"
+    report, rows = (
+        report_module(folder),
+        json.loads((folder / "quality.json").read_text(encoding="utf-8"))["rows"],
+    )
+    within = set()
+    for model, frames, own in report.groups({"rows": rows}):
+        rival, size = report.Rival(own), report.PRICED_AS[frames]
+        dense = next(row for row in own if row["row"] == "dense")["figures"]
+        for row in own:
+            if row["definition"]["kind"] != "low rank":
+                continue
+            figures = row["figures"]
+            assert figures["psnr"] < rival.of(row, row["cost"][size])["psnr"], row["row"]
+            if row["row"].startswith("pooled") and "²" not in row["row"]:
+                assert figures["drift"] < 1.1 * dense["drift"], row["row"]
+            if figures["psnr"] >= 30 and figures["drift"] <= 1.05 * dense["drift"]:
+                within.add((model, frames, row["row"]))
+    settings = {
+        "pool 4": "pooled 4, ±1, dense edge, from 0.25",
+        "pool 2": "pooled 2, ±2, dense edge, from 0.25",
+    }
+    assert {("student", n, settings["pool 4"]) for n in (13, 25)} <= within
+    assert ("teacher", 13, settings["pool 2"]) in within
+    assert not any("routed" in name for *_, name in within)
+    steps = json.loads((folder / "low_rank.json").read_text(encoding="utf-8"))["steps"]
+    taken = {
+        (row["grid"], row["setting"]): f"{row['of_dense']:.0%}"
+        for row in steps
+        if row["multiprocessors"] == 8
+    }
+    assert taken["16×880", "pooled 4, ±1"] == "85%" and taken["31×880", "pooled 4, ±1"] == "69%"
+    assert taken["16×880", "pooled 2, ±2"] == "92%" and taken["16×880", "routed by threshold 0.5"] == "69%"
+
+
+def test_what_the_readme_says_about_pacing(pack):
+    content = json.loads((pack.root / "benchmarks" / "pacing.json").read_text(encoding="utf-8"))
+    for row in content["rows"][:3]:
+        assert abs(row["duty"] - float(row["row"].removeprefix("max_duty "))) < 0.011
+    assert all(row["ratio"] < 1.001 for row in content["overhead"])
 
 
 def test_gpu_tables_match_their_json(pack):
