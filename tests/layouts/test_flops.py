@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import comfy.nested_tensor
 import pytest
 import torch
+from pooling import groups_seen
 from tiny_models import FORMS, TEXT_TOKENS, build_model, conditioning, noise_like, sample
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -151,6 +152,25 @@ def test_window_with_guides(agree, windowed, self_attention):
     }
     ours = agree("ltxv", lambda model: windowed(model, 1), see, **given)
     assert ours < agree("ltxv", **given)
+
+
+@pytest.mark.parametrize("family", FORMS)
+@pytest.mark.parametrize("spatial", [1, 2])
+def test_pooled_far_frames(family, spatial, agree, pack):
+    role = pack("patches.layouts.role").Role.VIDEO_SELF
+    node, low_rank = pack("nodes").ThriftLowRankAttention, pack("patches.techniques.low_rank")
+    given = {"near_frames": 1, "spatial_pool": spatial, "dense_blocks": 0}
+    tokens = pack("patches.kernels.tokens").VideoTokens.grid(FRAMES, 2, 3)
+    seen = [groups_seen(token // PER_FRAME, FRAMES, 2, 3, 1, 1, 2, spatial) for token in range(tokens.total)]
+    pairs = sum(map(len, seen))
+    ours = agree(
+        family,
+        lambda model: node.execute(model, start_percent=0.0, **given).args[0],
+        lambda work, block: work.with_pairs(role, block, pairs),
+    )
+    assert ours < agree(family)
+    work = low_rank.LowRankAttention(**given).cost(pack("patches.layouts.work").Work(tokens, 2, TEXT_TOKENS))
+    assert [work.pairs_of(role, block, tokens.total, tokens.total) for block in (0, 1)] == [pairs] * 2
 
 
 @pytest.mark.parametrize("family", FORMS)
