@@ -13,6 +13,14 @@ AttentionFunction = Callable[..., torch.Tensor]
 
 # Kernels that take half types only: ComfyUI logs an error or a warning at every call with another, and computes it elsewise.
 HALF_ONLY = ("attention_sage", "attention_flash")
+# Those that heed masks of any kind.
+MASKING = (
+    "attention_pytorch",
+    "attention_basic",
+    "attention_sub_quad",
+    "attention_split",
+    "attention_xformers",
+)
 # Those that heed a request to compute logits in float32.
 UPCASTING = ("attention_basic", "attention_sub_quad", "attention_split")
 
@@ -30,13 +38,22 @@ def of_checkpoint(module: Any) -> AttentionFunction | None:
 
 def takes_float32() -> bool:
     """Whether ComfyUI's attention in force computes float32 in float32."""
-    return in_force()[0].__name__ not in HALF_ONLY
+    return _name() not in HALF_ONLY
+
+
+def takes_masks() -> bool:
+    """Whether ComfyUI's attention in force is known to heed masks: builds of others may drop them without a word."""
+    return _name(masked=True) in MASKING
+
+
+def _name(masked: bool = False) -> str:
+    return getattr(in_force()[masked], "__name__", "")
 
 
 def upcasts(dtype: torch.dtype) -> bool:
     """Whether ComfyUI's attention in force is told to compute the logits of this type in float32, as on some Macs."""
     is_told = dtype != torch.float32 and attention.get_attn_precision(None, dtype) == torch.float32
-    return is_told and in_force()[0].__name__ in UPCASTING
+    return is_told and _name() in UPCASTING
 
 
 def fast_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:

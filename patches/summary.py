@@ -75,8 +75,9 @@ def summarise(
         elif declined:
             # A range without steps was warned about before the run.
             is_news = bool(entry["steps"])
+            explanations = {**EXPLANATIONS, **technique.explained}
             explained = "".join(
-                f" {EXPLANATIONS[reason]}" for reason in entry["declined"] if reason in EXPLANATIONS
+                f" {explanations[reason]}" for reason in entry["declined"] if reason in explanations
             )
             lines.append((is_news, f"{head}no effect, declined: {declined}; the result is stock.{explained}"))
         elif not record["forwards"]:

@@ -23,6 +23,7 @@ DENSE_BLOCK = "DENSE_BLOCK"
 FOREIGN_OVERRIDE = "FOREIGN_OVERRIDE"
 GUIDE_QUERIES = "GUIDE_QUERIES"
 MASKED = "MASKED"
+NO_LSE = "NO_LSE"
 
 Replacement = Callable[..., Any]
 
@@ -34,7 +35,7 @@ class Technique:
     Raises ValueError, naming the setting, for values outside their range.
     roles: the attention that it acts on. schedule: the part of the schedule in which it acts; None for all of it.
     does: what it does to the steps of that part, as a verb.
-    expected: reasons to decline that are part of its normal use and no news. advice_if_never_needed: what to do if it was
+    expected: reasons to decline that are part of its normal use and no news. explained: what the names of others cannot tell. advice_if_never_needed: what to do if it was
     declined for such reasons in every run so far.
     """
 
@@ -42,6 +43,7 @@ class Technique:
     stage: ClassVar[int]
     does: ClassVar[str] = "covers"
     expected: ClassVar[frozenset[str]] = frozenset()
+    explained: ClassVar[Mapping[str, str]] = {}
     advice_if_never_needed: ClassVar[str] = ""
 
     schedule: Schedule | None = field(default=None, kw_only=True)

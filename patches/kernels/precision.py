@@ -9,6 +9,8 @@ import torch
 
 # Kernels add up weighted values before they divide by the sum of weights: not all of float16's range is theirs.
 HEADROOM = 4
+# Below its smallest normal number float16 loses digits: channels whose largest value is less than this are scaled up to it.
+SMALL = 2.0**-10
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -23,16 +25,18 @@ def attend_in(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output of `attend` on inputs cast to `dtype`, in the type of `q`; and whether that broke it, a bool on the device.
 
-    Every output number lies between the smallest and the largest value of its channel. So values too large for float16 are
-    divided by a number a channel, and the output is multiplied by it; where they fit, that number is 1. Nothing waits for
-    the device.
+    Every output number lies between the smallest and the largest value of its channel. So values too large or too small for
+    float16 are divided by a number a channel, and the output is multiplied by it; where they fit, that number is 1. Nothing
+    waits for the device.
     """
     peak_B1C = torch.linalg.vector_norm(v_BMC, math.inf, dim=1, keepdim=True)
     was_finite = peak_B1C.isfinite().all() & peak(q_BNC).isfinite()
     if dtype != torch.float16:
         out = attend(q_BNC.to(dtype), k_BMC.to(dtype), v_BMC.to(dtype), cast_mask(mask, dtype))
         return out.to(q_BNC.dtype), was_finite & ~peak(out).isfinite()
-    scale = (peak_B1C / (torch.finfo(dtype).max / HEADROOM)).clamp(min=1)
+    large, small = peak_B1C / (torch.finfo(dtype).max / HEADROOM), peak_B1C / SMALL
+    # A channel of zeros stays one.
+    scale = torch.where(peak_B1C > 0, large.clamp(min=1) * small.clamp(max=1), 1)
     # The values first, whose quotient needs memory for a moment.
     v = (v_BMC / scale).to(dtype)
     out = attend(q_BNC.to(dtype), k_BMC.to(dtype), v, cast_mask(mask, dtype))

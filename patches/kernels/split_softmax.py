@@ -7,6 +7,7 @@ blocks (Dao et al., arXiv 2205.14135).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -16,32 +17,54 @@ from einops import rearrange
 from .segments import Segment, Segments
 from .tokens import VideoTokens, merged
 
+Outputs = tuple[torch.Tensor, torch.Tensor]
+Operator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "float | None"], Outputs]
+
 
 def attend_with_lse(
     q_BHND: torch.Tensor, k_BHKD: torch.Tensor, v_BHKD: torch.Tensor, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B,H,N,D] and LSE [B,H,N] of attention."""
-    aten: Any = torch.ops.aten
-    if q_BHND.device.type != "cuda":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q_BHND, k_BHKD, v_BHKD, scale=scale)[:2]
-    if q_BHND.dtype in (torch.bfloat16, torch.float16):
-        return aten._scaled_dot_product_flash_attention(q_BHND, k_BHKD, v_BHKD, scale=scale)[:2]
-    out, lse = aten._scaled_dot_product_efficient_attention(q_BHND, k_BHKD, v_BHKD, None, True, scale=scale)[
-        :2
-    ]
-    # The kernel pads its LSE to a multiple of 32 queries.
-    return out, lse[..., : q_BHND.shape[2]]
+    """Output [B,H,N,D] and LSE [B,H,N] of attention, where `has_lse`."""
+    operator = _operator(q_BHND.device.type, q_BHND.dtype, q_BHND.shape[-1])
+    assert operator is not None
+    return operator(q_BHND, k_BHKD, v_BHKD, scale)
 
 
 @lru_cache
 def has_lse(device_type: str, dtype: torch.dtype, width: int) -> bool:
     """Whether attention with LSE runs here for heads of this width."""
+    return _operator(device_type, dtype, width) is not None
+
+
+def _of_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> Outputs:
+    aten: Any = torch.ops.aten
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[:2]
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> Outputs:
+    aten: Any = torch.ops.aten
+    return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+
+
+def _efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> Outputs:
+    aten: Any = torch.ops.aten
+    out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
+    # The kernel pads its LSE to a multiple of 32 queries.
+    return out, lse[..., : q.shape[2]]
+
+
+@lru_cache
+def _operator(device_type: str, dtype: torch.dtype, width: int) -> Operator | None:
+    """PyTorch's fastest operator with LSE that runs here: flash attention needs half types and, on NVIDIA, an RTX 30."""
     probe = torch.zeros(1, 1, 8, width, device=device_type, dtype=dtype)
-    try:
-        out, lse = attend_with_lse(probe, probe, probe)
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False
-    return out.shape == probe.shape and lse.shape == probe.shape[:3]
+    for operator in (_flash, _efficient) if device_type == "cuda" else (_of_cpu,):
+        try:
+            out, lse = operator(probe, probe, probe, None)
+        except (RuntimeError, AttributeError, NotImplementedError):
+            continue
+        if out.shape == probe.shape and lse.shape == probe.shape[:3]:
+            return operator
+    return None
 
 
 def merge(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ class AttentionPrecision(Technique):
             told += "; ComfyUI is set to upcast attention, so its logits are float32 nevertheless"
         if part["nonfinite"]:
             told += (
-                f"; {part['nonfinite']} attention calls came out with numbers that are not finite, though what went in was: "
+                f"; {part['nonfinite']} attention calls came out with numbers that are not finite, though queries and values were: "
                 "use bf16 or fp32 there"
             )
         return told

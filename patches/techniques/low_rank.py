@@ -13,8 +13,20 @@ from .. import backend
 from ..call import Attend, AttentionCall, Call, Sampling
 from ..clock import Schedule
 from ..kernels.coarse import coarsened
-from ..kernels.routed import WIDTH, Packing, attend_routed, exact_blocks, pack_tokens, pairs, why_not
+from ..kernels.routed import (
+    DTYPE,
+    HEAD_WIDTH,
+    NO_KERNEL,
+    WIDTH,
+    Packing,
+    attend_routed,
+    exact_blocks,
+    pack_tokens,
+    pairs,
+    why_not,
+)
 from ..kernels.segments import Segments
+from ..kernels.split_softmax import has_lse
 from ..kernels.tokens import VideoTokens
 from ..layouts.layout import Unclear
 from ..layouts.role import Role
@@ -26,6 +38,7 @@ from ..technique import (
     FOREIGN_OVERRIDE,
     GUIDE_QUERIES,
     MASKED,
+    NO_LSE,
     State,
     Technique,
 )
@@ -51,6 +64,12 @@ class LowRankAttention(Technique):
 
     name: ClassVar[str] = "low-rank attention"
     stage: ClassVar[int] = 30
+    explained: ClassVar[Mapping[str, str]] = {
+        NO_KERNEL: "Routed attention needs comfy-kitchen 0.2.40 or newer and an NVIDIA card of the RTX 30 series or newer.",
+        HEAD_WIDTH: "Routed attention needs heads 128 wide, as LTX-2 has.",
+        DTYPE: "Routed attention needs a model that computes in fp16 or bf16.",
+        OTHER_TECHNIQUE: "Routed attention acts where every frame sees the whole clip: not beside a temporal window.",
+    }
 
     far: str = setting(Choice(POOLED, (POOLED, ROUTED)))
     near_frames: int = setting(Whole(2, 0, 32))
@@ -173,6 +192,9 @@ class Pooling(LowRank):
         reason = self.obstacle(attention)
         if reason is not None:
             return reason
+        q = attention.q
+        if not has_lse(q.device.type, q.dtype, q.shape[-1] // attention.heads) and not backend.takes_masks():
+            return NO_LSE
         seen = self.technique.seen(segments, attention.tokens)
         return NOTHING_FAR if seen is segments else seen
 

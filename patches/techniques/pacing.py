@@ -51,6 +51,14 @@ class GpuPacing(Technique):
     max_duty: float = setting(Number(1.0, 0.1, 1.0, 0.05))
     max_pause: float = setting(Number(60.0, 1.0, 600.0, 1.0))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.target_temperature <= self.resume_below:
+            raise ValueError(
+                f"resume_below is {self.resume_below}; it takes fewer degrees than target_temperature, which is "
+                f"{self.target_temperature}."
+            )
+
     @property
     def is_neutral(self) -> bool:
         return not self.target_temperature and self.max_duty == 1

@@ -24,14 +24,13 @@ from ..reuse.recorder import outliving_blocks
 from ..reuse.store import DEFAULT, FP8, GIB, GPU, HOST, PLACEMENTS, PRECISIONS, Store
 from ..settings import Choice, Number, Whole, setting
 from ..shadow import uncompiled
-from ..technique import FOREIGN_OVERRIDE, MASKED, Replacement, State, Technique
+from ..technique import FOREIGN_OVERRIDE, MASKED, NO_LSE, Replacement, State, Technique
 
 ATTENTION, WORK, BLOCKS = "spatial attention", "per-frame work", "whole blocks"
 SCOPES = (ATTENTION, WORK, BLOCKS)
 HOLD, LINEAR = "hold", "linear"
 FORECASTS = (HOLD, LINEAR)
 
-NO_LSE = "NO_LSE"
 ONE_FRAME = "ONE_FRAME"
 KEPT_BLOCK = "KEPT_BLOCK"
 OTHER_TECHNIQUE = "OTHER_TECHNIQUE"

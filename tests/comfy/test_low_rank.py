@@ -105,6 +105,23 @@ def test_masked_where_there_is_no_lse(family, pack, coarse, entry, monkeypatch):
     assert close(masked, merged) and not equal(masked, merged) and entry(ours)["taken"] == 9
 
 
+def test_an_attention_not_known_to_take_masks_is_not_given_any(pack, coarse, entry, monkeypatch):
+    """Where there is no LSE: builds of sage attention drop them without a word."""
+    import comfy.ldm.modules.attention as attention
+
+    model = build_model()
+    monkeypatch.setattr(pack("patches.techniques.low_rank"), "has_lse", lambda *_: False)
+    monkeypatch.setattr(pack("patches.attention"), "has_lse", lambda *_: False)
+
+    def attention_sage(q, k, v, heads, mask=None, *args, **kwargs):
+        return attention.attention_sub_quad(q, k, v, heads, mask, *args, **kwargs)
+
+    for name in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(attention, name, attention_sage)
+    ours = coarse(model)
+    assert equal(sample(ours), sample(model)) and entry(ours)["declined"] == {"NO_LSE": 9}
+
+
 @pytest.mark.parametrize("family", FORMS)
 def test_with_the_window_in_either_order(family, coarse, windowed, entry, last_run):
     """The window says which frames are seen, this how the far ones among them are."""
@@ -273,11 +290,14 @@ def test_settings_outside_their_range_are_named(coarse):
             coarse(model, **{name: value})
 
 
-def test_routed_without_its_kernel_is_stock(coarse, entry):
+def test_routed_without_its_kernel_is_stock(coarse, entry, caplog):
     """The product never runs the slow form of it: on a CPU it declines, whatever is installed."""
     model = build_model()
     ours = coarse(model, far="routed")
-    assert equal(sample(ours), sample(model)) and entry(ours)["declined"] == {"NO_KERNEL": 9}
+    with caplog.at_level("WARNING"):
+        result = sample(ours)
+    assert equal(result, sample(model)) and entry(ours)["declined"] == {"NO_KERNEL": 9}
+    assert "NO_KERNEL ×9" in caplog.text and "needs comfy-kitchen 0.2.40" in caplog.text
     assert coarse(model, far="routed", keep=1.0) is model
 
 

@@ -299,6 +299,14 @@ def test_without_a_sensor_duty_works(paced, record, told, caplog):
     assert len(lines(caplog, "only max_duty paces")) == 1
 
 
+def test_cooling_by_more_than_the_target_is_refused(paced):
+    """Nothing is as cool as that."""
+    with pytest.raises(
+        ValueError, match=r"resume_below is 30; it takes fewer degrees than target_temperature"
+    ):
+        paced(build_model(), target_temperature=20, resume_below=30)
+
+
 def test_neutral_settings_are_not_mounted(paced, pack):
     model = build_model()
     assert paced(model, target_temperature=0, max_duty=1.0) is model

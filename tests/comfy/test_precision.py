@@ -261,6 +261,15 @@ def test_overrides_of_others_get_half_types_only(order, cast, told):
     assert not equal(sample(ours), sample(full)) and told(ours)["taken"] == CALLS
 
 
+def test_attention_in_force_may_have_no_name(cast, told, monkeypatch):
+    """As a partial of it, which another pack may have put there."""
+    model = build_model(dtype=torch.bfloat16)
+    for name in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(attention, name, functools.partial(getattr(attention, name)))
+    ours = cast(model, "fp32", "fp32")
+    assert not equal(sample(ours), sample(model)) and told(ours)["taken"] == CALLS
+
+
 def test_attention_of_the_checkpoint_gets_half_types_only(cast, told):
     model = build_model(dtype=torch.bfloat16)
     seen = []

@@ -49,6 +49,14 @@ def test_large_values_in_float16(size, own, in_dtype):
     assert out.isfinite().all() and error < max(BOUNDS[FP16], BOUNDS[own]) and not is_broken
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-8, 1e-30])
+def test_small_values_in_float16(size, in_dtype):
+    q, k, v = (x.float() for x in tensors(40, 70, batch=2))
+    v[0, :, 2] = 0
+    out, error, is_broken = in_dtype(FP16, q, k, v * size)
+    assert error < BOUNDS[FP16] and not is_broken and not out[0, :, 2].any()
+
+
 def test_values_are_scaled_channel_by_channel_and_item_by_item(in_dtype):
     q, k, v = (x.float() for x in tensors(40, 70, batch=2))
     plain = attend(*(x.to(FP16) for x in (q, k, v))).float()
