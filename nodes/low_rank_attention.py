@@ -18,7 +18,7 @@ class ThriftLowRankAttention(io.ComfyNode):
         settings = LowRankAttention.settings()
         return io.Schema(
             node_id="ThriftLowRankAttention",
-            display_name="Low-Rank Attention",
+            display_name="Thrift Low-Rank Attention",
             category="FrameThrift",
             description=(
                 "LTX-Video and LTX-2. Near frames are seen exactly, far ones in a compressed form, which cuts the cost of "

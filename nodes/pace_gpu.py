@@ -17,7 +17,7 @@ class ThriftPaceGPU(io.ComfyNode):
         settings = GpuPacing.settings()
         return io.Schema(
             node_id="ThriftPaceGPU",
-            display_name="Pace GPU",
+            display_name="Thrift Pace GPU",
             category="FrameThrift",
             description=(
                 "LTX-Video and LTX-2. Pauses between model calls, and within long ones, so that the GPU stays below a "
