@@ -21,6 +21,7 @@ def test_tables_are_the_measured_ones(pack):
         "quality_freeze",
         "quality_low_rank",
         "low_rank",
+        "pooling_error",
         "pacing",
         "quality_precision",
         "precision",

@@ -8,7 +8,8 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("name", "function"), [("low_rank", "table"), ("pacing", "table"), ("routing", "tables")]
+    ("name", "function"),
+    [("low_rank", "table"), ("pacing", "table"), ("pooling_error", "table"), ("routing", "tables")],
 )
 def test_table_is_that_of_its_json(name, function, bench, pack):
     folder = pack.root / "benchmarks"
