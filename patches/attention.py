@@ -12,8 +12,8 @@ import torch
 from . import backend
 from .call import OVERRIDE, Attend, AttentionCall, Call
 from .kernels.coarse import attend_masked, attend_merged
+from .kernels.lse import has_lse
 from .kernels.segments import Segments, attend_batched
-from .kernels.split_softmax import has_lse
 from .kernels.tokens import VideoTokens
 from .layouts.layout import NO_OPTIONS, Site, Unclear
 from .layouts.role import Role

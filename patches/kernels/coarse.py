@@ -2,7 +2,7 @@
 
 Names: B batch, N tokens, C = heads × head width. The pooled key and value of a group of n tokens are the means of theirs;
 it stands for n keys, so ln n is added to its logit. Where the keys of each group are equal, that is dense attention.
-Near and far parts of one softmax are merged by their log-sum-exp (LSE), as in `split_softmax`.
+Near and far parts of one softmax are merged by their log-sum-exp (LSE), as in `lse`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 
+from .lse import attend_with_lse, merge_into, split_heads
 from .pooling import Coarse, Grid, Piece, pieces
 from .segments import Attend, Segment, Segments
-from .split_softmax import attend_with_lse, merge_into, split_heads
 from .tokens import Ranges, VideoTokens, merged
 
 

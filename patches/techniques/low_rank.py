@@ -13,6 +13,7 @@ from .. import backend
 from ..call import Attend, AttentionCall, Call, Sampling
 from ..clock import Schedule
 from ..kernels.coarse import coarsened
+from ..kernels.lse import has_lse
 from ..kernels.routed import (
     DTYPE,
     HEAD_WIDTH,
@@ -26,7 +27,6 @@ from ..kernels.routed import (
     why_not,
 )
 from ..kernels.segments import Segments
-from ..kernels.split_softmax import has_lse
 from ..kernels.tokens import VideoTokens
 from ..layouts.layout import Unclear
 from ..layouts.role import Role
@@ -156,7 +156,14 @@ class LowRank(State):
             return reply
         if tokens.size is None:
             return DROPPED_TOKENS
-        return FOREIGN_OVERRIDE if call.is_foreign else reply
+        if call.is_foreign:
+            return FOREIGN_OVERRIDE
+        call[self] = backend.in_force()
+        return self.prepare(tokens, call.device) or reply
+
+    def prepare(self, tokens: VideoTokens, device: torch.device) -> str | None:
+        """Before the first block: make what such tokens need, or tell the reason to decline."""
+        return None
 
     def obstacle(self, attention: AttentionCall) -> str | None:
         """Why every key of this call has to be seen as it is, or None."""
@@ -167,26 +174,15 @@ class LowRank(State):
             return GUIDE_QUERIES
         if attention.foreign is not None:
             return attention.foreign
-        if backend.in_force() != self.backend_of(attention.call):
+        if backend.in_force() != attention.call[self]:
             return ATTENTION_EXCHANGED
         return None if attention.mask is None else MASKED
 
-    def backend_of(self, call: Call) -> Any:
-        """ComfyUI's attention as it was when the forward began."""
-        raise NotImplementedError
-
 
 class Pooling(LowRank):
-    def call(self, call: Call) -> Mapping[str, Any] | str:
-        reply, tokens = super().call(call), call.tokens
-        if isinstance(reply, str) or isinstance(tokens, Unclear):
-            return reply
+    def prepare(self, tokens: VideoTokens, device: torch.device) -> str | None:
         dense = Segments.dense(tokens.total, tokens.total)
-        call[self] = backend.in_force()
-        return NOTHING_FAR if self.technique.seen(dense, tokens) is dense else reply
-
-    def backend_of(self, call: Call) -> Any:
-        return call[self]
+        return NOTHING_FAR if self.technique.seen(dense, tokens) is dense else None
 
     def see(self, segments: Segments, attention: AttentionCall) -> Segments | str:
         reason = self.obstacle(attention)
@@ -200,33 +196,33 @@ class Pooling(LowRank):
 
 
 class Routing(LowRank):
+    """Packings are made outside of transformer blocks, once a run and device."""
+
     def __init__(self, technique: LowRankAttention, run: Sampling) -> None:
         super().__init__(technique, run)
         self._lock = threading.Lock()
         self._packings: dict[tuple[VideoTokens, torch.device], Packing] = {}
 
-    def call(self, call: Call) -> Mapping[str, Any] | str:
-        reply, tokens = super().call(call), call.tokens
-        if isinstance(reply, str) or isinstance(tokens, Unclear):
-            return reply
+    def prepare(self, tokens: VideoTokens, device: torch.device) -> str | None:
         # No card that has the kernel lacks bf16.
-        reason = why_not(call.device, torch.bfloat16, WIDTH)
+        reason = why_not(device, torch.bfloat16, WIDTH)
         if reason is not None:
             return reason
-        packing = self._packing(tokens, call.device)
-        call[self] = packing, backend.in_force()
-        return NOTHING_FAR if packing.is_dense else reply
-
-    def backend_of(self, call: Call) -> Any:
-        return call[self][1]
+        assert tokens.size is not None
+        with self._lock:
+            packing = self._packings.get((tokens, device))
+            if packing is None:
+                packing = pack_tokens(tokens, *tokens.size, self.technique.sink_frames).on(device)
+                self._packings[tokens, device] = packing
+        return NOTHING_FAR if packing.is_dense else None
 
     def attend(self, attention: AttentionCall, inner: Attend) -> torch.Tensor | str:
         own, q, heads = self.technique, attention.q, attention.heads
         reason = self.obstacle(attention) or why_not(q.device, q.dtype, q.shape[-1] // heads)
         if reason is not None:
             return reason
-        packing: Packing = attention.call[self][0]
-        if not attention.segments.is_dense or len(attention.rows) != packing.total:
+        packing = self._packings.get((attention.tokens, q.device))
+        if packing is None or not attention.segments.is_dense or len(attention.rows) != packing.total:
             return OTHER_TECHNIQUE
         attention.count_pairs(own.pairs(attention.tokens) or packing.total**2)
         return attend_routed(
@@ -240,15 +236,6 @@ class Routing(LowRank):
             own.threshold,
             own.extra_tokens,
         )
-
-    def _packing(self, tokens: VideoTokens, device: torch.device) -> Packing:
-        """Made outside of transformer blocks, once a run and device."""
-        assert tokens.size is not None
-        with self._lock:
-            if (tokens, device) not in self._packings:
-                packing = pack_tokens(tokens, *tokens.size, self.technique.sink_frames)
-                self._packings[tokens, device] = packing.on(device)
-            return self._packings[tokens, device]
 
     def close(self) -> None:
         self._packings.clear()

@@ -14,7 +14,8 @@ from .. import backend
 from ..call import Attend, AttentionCall, Call, Load, Room, Sampling
 from ..clock import Schedule, SigmaClock
 from ..kernels.half import saturated
-from ..kernels.split_softmax import all_but_own_frame, attend_anew, has_lse, own_frame
+from ..kernels.lse import has_lse
+from ..kernels.split_softmax import all_but_own_frame, attend_anew, own_frame
 from ..kernels.tokens import VideoTokens
 from ..layouts.layout import Layout, Stream, Unclear
 from ..layouts.role import Role

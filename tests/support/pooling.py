@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from reference import SLOT, marking
+from reference import in_marked_blocks
 
 
 def groups_seen(
@@ -71,7 +71,7 @@ def pooled_model(
     active: Callable[[float, int], bool] = lambda sigma, block: True,
 ) -> Any:
     """A clone whose video self-attention is `attend`, where `active(sigma, block)`."""
-    clone, matrices = model.clone(), {}
+    matrices: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def pooling(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Means [G, N] of all groups of any query, ln n [G], and who sees which [N, G]."""
@@ -103,9 +103,4 @@ def pooled_model(
         logits = split[0] @ split[1].transpose(-1, -2) * split[0].shape[-1] ** -0.5 + bias
         return (logits.softmax(-1) @ split[2]).transpose(1, 2).flatten(2).to(q.dtype)
 
-    clone.model_options.setdefault("transformer_options", {})[SLOT] = override
-    for index, block in enumerate(model.model.diffusion_model.transformer_blocks):
-        clone.add_object_patch(
-            f"diffusion_model.transformer_blocks.{index}.attn1.forward", marking(block.attn1.forward, index)
-        )
-    return clone
+    return in_marked_blocks(model, override)

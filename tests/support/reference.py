@@ -45,7 +45,6 @@ def masked_model(
 
     `active(sigma, block)` says where; query slices and masks already given are respected.
     """
-    clone = model.clone()
 
     def override(
         func: Any, q: Any, k: Any, v: Any, heads: int, mask: Any = None, **kwargs: Any
@@ -65,7 +64,12 @@ def masked_model(
         logits = split[0] @ split[1].transpose(-1, -2) * split[0].shape[-1] ** -0.5 + bias
         return (logits.softmax(-1) @ split[2]).transpose(1, 2).flatten(2).to(q.dtype)
 
-    clone.model_options.setdefault("transformer_options", {})[SLOT] = override
+    return in_marked_blocks(model, override)
+
+
+def in_marked_blocks(model: Any, override: Callable[..., Any]) -> Any:
+    """A clone with this in the override slot, which video self-attention tells its block as `reference_block`."""
+    clone = set_slot(model, override)
     for index, block in enumerate(model.model.diffusion_model.transformer_blocks):
         clone.add_object_patch(
             f"diffusion_model.transformer_blocks.{index}.attn1.forward", marking(block.attn1.forward, index)
