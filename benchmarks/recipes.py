@@ -93,13 +93,13 @@ class Recipes:
         return self.decode(self.sample(self.model, ltx2.empty(clip, "cpu"), SIGMAS))
 
     def strided(self, clip: ltx2.Clip, stride: int, method: str) -> Any:
-        model, latent, _ = self.stride(self.model, {"samples": ltx2.empty(clip, "cpu")}, stride).args
+        model, latent, *_ = self.stride(self.model, {"samples": ltx2.empty(clip, "cpu")}, stride).args
         latent = {**latent, "samples": self.sample(model, latent["samples"], SIGMAS)}
         fill = {"vae": self.vae, "optical_flow": self.flow, "encode": False}
         return self.timed("decoding and in-betweening", lambda: self.fill(latent, method, **fill).args[1])
 
     def coarse_to_fine(self, clip: ltx2.Clip) -> Any:
-        model, latent, _ = self.stride(self.model, {"samples": ltx2.empty(clip, "cpu")}, 2).args
+        model, latent, *_ = self.stride(self.model, {"samples": ltx2.empty(clip, "cpu")}, 2).args
         latent = {**latent, "samples": self.sample(model, latent["samples"], SIGMAS[: SWITCH + 1])}
         fill = self.timed(
             "decoding, in-betweening and encoding", lambda: self.fill(latent, "motion", vae=self.vae).args[0]
