@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 
 import comfy.nested_tensor
@@ -58,14 +59,22 @@ def upscale(vae):
     import comfy.ops
 
     config = {"in_channels": 128, "dims": 3, "mid_channels": 32, "num_blocks_per_stage": 1}
-    network = upsampler.LatentUpsampler.from_config(config, operations=comfy.ops.disable_weight_init)
+    from_config = upsampler.LatentUpsampler.from_config
+    is_managed = "operations" in inspect.signature(from_config).parameters
+    network = from_config(config, **({"operations": comfy.ops.disable_weight_init} if is_managed else {}))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    network.eval().requires_grad_(False)
     cpu = torch.device("cpu")
-    patcher = comfy.model_patcher.ModelPatcher(network.eval(), load_device=cpu, offload_device=cpu)
-    return lambda latent: node.execute(latent, patcher, vae).args[0]
+    # Older releases take the network as it is.
+    loaded = (
+        comfy.model_patcher.ModelPatcher(network, load_device=cpu, offload_device=cpu)
+        if is_managed
+        else network
+    )
+    return lambda latent: node.execute(latent, loaded, vae).args[0]
 
 
 def clip(frames=FRAMES, grid=GRID):
