@@ -129,8 +129,8 @@ def warn_of_tail(note: StrideNote) -> None:
         lengths = [video_frames(frames + 1, note.frames_a_latent) for frames in (fewer, fewer + note.stride)]
         logger.warning(
             "FrameThrift: keyframe stride %d does not divide the %d latent frames after the first: the strided clip ends "
-            "%d video frames past the full one, and past its sound. What was thinned from a video repeats its last frame "
-            "there; Latent Flow Interpolate cuts that end off. The nearest lengths without it: %d and %d.",
+            "%d video frames past the full one and any sound. What is thinned from a video may repeat its last frame there; "
+            "Latent Flow Interpolate cuts that end off. The nearest lengths without it: %d and %d.",
             note.stride,
             after_first,
             past * note.frames_a_latent,

@@ -210,6 +210,43 @@ def test_two_stages_at_stride_1_are_stock(
     assert all(torch.equal(*pair) for pair in zip(frames_and_sound(ours), plain, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("length", "stride", "full", "strided"),
+    [(129, 2, "128", "64"), (121, 2, "120", "60"), (121, 8, "120", "15"), (126, 4, "120", "30"), (65, 1, "64", "64")],
+)  # fmt: skip
+def test_the_last_image_is_guided_where_the_clip_really_ends(
+    server: Any, object_info: dict[str, Any], ui_graph: Any, length: int, stride: int, full: str, strided: str
+) -> None:
+    """By the numbers that the template's own nodes hand to its guides, half size and full size; never −1."""
+    prompt = ui_graph.to_prompt(read("two_stage_first_last_frame"), object_info)
+    prompt = {key: node for key, node in prompt.items() if node["class_type"] != "SaveVideo"}
+    guides = [node["inputs"] for node in prompt.values() if node["class_type"] == "LTXVAddGuide"]
+    first, last, first_again, last_again = guides
+    assert first["frame_idx"] == first_again["frame_idx"] == 0
+    assert [guide["strength"] for guide in guides] == [0.7, 0.7, 1.0, 1.0]
+    for node in prompt.values():
+        if node["class_type"] == "PrimitiveInt":
+            node["inputs"]["value"] = length if node["inputs"]["value"] == LENGTH else stride
+    for key, guide in (("half", last), ("whole", last_again)):
+        prompt[key] = {"class_type": "PreviewAny", "inputs": {"source": guide["frame_idx"]}}
+    shown = server.queue(prompt).outputs
+    assert (shown["half"]["text"], shown["whole"]["text"]) == ([full], [strided])
+
+
+def test_a_length_that_the_stride_does_not_divide_still_comes_back(
+    server: Any, object_info: dict[str, Any], ui_graph: Any, new_log: Any
+) -> None:
+    prompt = dry(ui_graph.to_prompt(read("two_stage_first_last_frame"), object_info))
+    for node in prompt.values():
+        if node["class_type"] == "PrimitiveInt" and node["inputs"]["value"] == SHORT:
+            node["inputs"]["value"] = SHORT + 8
+    result = server.queue(prompt)
+    saved = next(key for key, node in prompt.items() if node["class_type"] == "SaveVideo")
+    with av.open(str(server.output_path(result, saved))) as video:
+        assert sum(1 for _ in video.decode(video=0)) == SHORT + 8
+    assert new_log().count("8 video frames past") == 1
+
+
 def test_bypassed_node_gives_the_stock_result(
     server: Any, object_info: dict[str, Any], ui_graph: Any, new_log: Any
 ) -> None:
