@@ -191,9 +191,7 @@ def test_a_strided_latent_is_thinned_further(stride, restore, frames, made, whol
     """The whole stride against the full length; an empty clip with an image is the same either way."""
     latent = empty(frames, batch=2)
     latent["samples"][:, :, 0] = torch.randn(2, 128, 2, 3)
-    mask = torch.ones(2, 1, frames, 1, 1)
-    mask[:, :, 0] = 0.3
-    latent["noise_mask"] = mask
+    latent["noise_mask"] = torch.linspace(0.3, 1, frames).view(1, 1, frames, 1, 1).expand(2, -1, -1, -1, -1)
     once, twice = stride.thin(latent, whole), stride.thin(stride.thin(latent, made), whole)
     assert once.keys() == twice.keys() and once[stride.NOTE] == twice[stride.NOTE]
     assert twice[stride.NOTE]["stride"] == whole and twice[stride.NOTE]["frames"] == frames
