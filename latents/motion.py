@@ -228,7 +228,9 @@ class Way(NamedTuple):
         shares = torch.cat((self.stays_a, self.stays_b, self.from_a, self.from_b, self.cover), dim=1)
         shares = F.interpolate(shares, size=tuple(size), mode="bilinear", align_corners=False)
         stays_a, stays_b, from_a, from_b, cover = shares.split(1, dim=1)
-        return Way(stays_a, stays_b, resized(self.to_a, size), resized(self.to_b, size), from_a, from_b, cover)
+        return Way(
+            stays_a, stays_b, resized(self.to_a, size), resized(self.to_b, size), from_a, from_b, cover
+        )
 
 
 def blend(
@@ -238,8 +240,9 @@ def blend(
     return along(a, b, way_at(forth, back, t))
 
 
-def way_at(forth: torch.Tensor, back: torch.Tensor, t: float) -> Way:
-    moves_a, moves_b = _is_moving(forth), _is_moving(back)
+def way_at(forth: torch.Tensor, back: torch.Tensor, t: float, scale: float = 1.0) -> Way:
+    """scale: how much larger the pictures are than these flows."""
+    moves_a, moves_b = _is_moving(scale * forth), _is_moving(scale * back)
     # Where both ends moved away nothing is known of what lies behind; the plain mixture has to do.
     stays_a, stays_b = (1 - t) * (1 - moves_a + 1e-3), t * (1 - moves_b + 1e-3)
     landed = splat(torch.cat((moves_a, moves_a * forth), dim=1), forth * t) * (1 - t)
