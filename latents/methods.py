@@ -7,7 +7,7 @@ from typing import Any
 import comfy.model_management as mm
 import torch
 
-from . import interpolate, raft
+from . import guided, interpolate, raft
 from .interpolate import LINEAR, SMOOTH, Estimate
 from .motion import estimate_motion
 
@@ -37,9 +37,11 @@ def estimate_for(method: str, optical_flow: Any = None) -> Estimate | None:
     return raft.Raft(optical_flow.model)
 
 
-def make_room(method: str, optical_flow: Any, shape: tuple[int, ...], device: torch.device) -> None:
-    """Asks ComfyUI for what in-betweening a clip [B, C, N, H, W] of this shape takes on the device."""
-    needed = interpolate.memory_used(shape)
+def make_room(
+    method: str, optical_flow: Any, shape: tuple[int, ...], device: torch.device, is_guided: bool = False
+) -> None:
+    """Asks ComfyUI for what in-betweening a clip [B, C, N, H, W] of this shape takes on the device, or by a reference."""
+    needed = max(interpolate.memory_used(shape), guided.memory_used(shape) if is_guided else 0)
     if method == OPTICAL_FLOW:
         mm.load_models_gpu([optical_flow], memory_required=needed + raft.memory_used(*shape[-2:]))
     else:

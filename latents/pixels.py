@@ -24,6 +24,14 @@ def frames_a_latent(vae: Any, video: torch.Tensor) -> int | None:
     return vae.temporal_compression_decode() if fits else None
 
 
+def size_of(vae: Any, video: torch.Tensor) -> tuple[int, int] | None:
+    """Height and width of the frames that `vae` makes of a latent video; None where it is another family's."""
+    if frames_a_latent(vae, video) is None:
+        return None
+    space = vae.spacial_compression_decode()
+    return video.shape[3] * space, video.shape[4] * space
+
+
 def decode(vae: Any, video: torch.Tensor, expected: int | None = None) -> torch.Tensor:
     """Latent video [B, C, T, h, w] -> frames [B, F, H, W, 3] in 0..1.
 

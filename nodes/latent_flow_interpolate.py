@@ -3,12 +3,21 @@
 from typing import Any
 
 import comfy.model_management as mm
+import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..latents import pixels
 from ..latents.methods import METHODS, MOTION, estimate_for, make_room
-from ..latents.restore import LONGEST, note_for, restore_frames, restore_latents, restored, show_progress
+from ..latents.restore import (
+    LONGEST,
+    note_for,
+    reference_for,
+    restore_frames,
+    restore_latents,
+    restored,
+    show_progress,
+)
 from ..latents.stride import LARGEST_STRIDE, video_of
 
 
@@ -79,6 +88,15 @@ class LatentFlowInterpolate(io.ComfyNode):
                     tooltip="Full length in video frames. 0 = from the latent's note, else as long as stride makes it.",
                     extra_dict={"advanced": True},
                 ),
+                io.Image.Input(
+                    "reference",
+                    optional=True,
+                    tooltip=(
+                        "The same clip at a higher frame rate and full to a quarter of the size: the first stage's decoded "
+                        "frames, all of them, or every 2nd or 4th where that stage was strided. Frames in between follow "
+                        "it, and method makes those that it does not have. Needs vae."
+                    ),
+                ),
             ],
             outputs=[
                 io.Latent.Output(tooltip="At the full length, for a refining sampler or for decoding."),
@@ -96,22 +114,30 @@ class LatentFlowInterpolate(io.ComfyNode):
         encode: bool = True,
         stride: int = 0,
         length: int = 0,
+        reference: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         estimate = estimate_for(method, optical_flow)
         video = video_of(latent)
         note = note_for(latent, stride, length, pixels.frames_a_latent(vae, video))
         device = mm.get_torch_device()
+        if vae is None and reference is not None:
+            raise ValueError(
+                "reference: frames can follow it only as decoded ones. Connect vae, or disconnect reference for a preview."
+            )
         if vae is None:
             no_images = ExecutionBlocker("Latent Flow Interpolate: connect vae to get images.")
             if note is not None:
                 make_room(method, optical_flow, video.shape, device)
                 latent = restore_latents(latent, note, method, estimate, device, show_progress())
             return io.NodeOutput(latent, no_images)
+        guide = None
+        if reference is not None:
+            guide = reference_for(reference, note, video.shape[0], pixels.size_of(vae, video))
         frames = pixels.decode(vae, video, None if note is None else note.frames_a_latent)
         restored_latent: Any = latent
         if note is not None:
-            make_room(method, optical_flow, frames.movedim(-1, 1).shape, device)
-            frames = restore_frames(frames, note, method, estimate, device, show_progress())
+            make_room(method, optical_flow, frames.movedim(-1, 1).shape, device, guide is not None)
+            frames = restore_frames(frames, note, method, estimate, device, show_progress(), guide)
             restored_latent = restored(latent, note, pixels.encode(vae, frames)) if encode else None
         if note is not None and not encode:
             restored_latent = ExecutionBlocker("Latent Flow Interpolate: turn encode on to get a latent.")
