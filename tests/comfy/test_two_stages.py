@@ -13,7 +13,7 @@ from reference import equal
 from regroups import Regroups
 from tiny_models import build_model, conditioning, sample
 
-FRAMES, GRID, RATE = 9, (2, 3), 24.0
+FRAMES, SHORT, GRID, RATE = 9, 5, (2, 3), 24.0
 FIRST, SECOND = [1.0, 0.909375, 0.421875, 0.0], [0.85, 0.4219, 0.0]
 
 
@@ -120,18 +120,19 @@ def picture():
 
 
 @pytest.mark.parametrize(("by", "first", "has_image"), [(2, 1, False), (4, 1, True), (4, 2, True)])
-def test_text_and_image(core, stride, fill, last, vae, model, upscale, picture, by, first, has_image):
+def test_text_and_image(core, stride, fill, last, vae, model, upscale, picture, by, first, has_image, caplog):
     """The second stage is stock's at the low rate, bit for bit, and the sound hands the note past the image."""
+    caplog.set_level(logging.INFO)
     positive, negative = conds()
-    video = held(core, vae, picture, clip(), 0.7) if has_image else clip()
-    stage, latent = model, joined(core, video, sound())
+    video = held(core, vae, picture, clip(SHORT), 0.7) if has_image else clip(SHORT)
+    stage, latent = model, joined(core, video, sound(SHORT))
     if first > 1:
         stage, latent, *_ = stride(model, latent, first, RATE).args
     done = refined(stage, latent, FIRST, positive, negative, 1)
     ours, thinned, _, frames = stride(model, done, by, RATE, vae).args
     small, audio = apart(core, thinned)
-    kept = len(range(0, FRAMES + first - 1, first))
-    assert video_of(small).shape[2] == len(range(0, FRAMES, by))
+    kept = len(range(0, SHORT, first))
+    assert video_of(small).shape[2] == len(range(0, SHORT, by))
     assert frames.shape == (8 * (kept - 1) + 1, 64, 96, 3)
     assert torch.equal(frames, vae.decode(video_of(done))[0])
 
@@ -147,14 +148,19 @@ def test_text_and_image(core, stride, fill, last, vae, model, upscale, picture, 
     assert not equal(list(result["samples"].unbind()), list(unstretched["samples"].unbind()))
 
     final, heard = apart(core, result)
-    assert torch.equal(heard["samples"], result["samples"].unbind()[1]) and heard["samples"].shape[2] == 68
+    assert torch.equal(heard["samples"], result["samples"].unbind()[1]) and heard["samples"].shape[2] == 34
     if has_image:
         assert torch.allclose(final["samples"][:, :, :1], vae.encode(picture), atol=1e-4)
-    images = fill(final, "linear", vae=vae, encode=False, reference=frames).args[1]
-    assert images.shape == (65, 128, 192, 3) and torch.isfinite(images).all()
+    images, blind = (
+        fill(final, "linear", vae=vae, encode=False, reference=reference).args[1]
+        for reference in (frames, None)
+    )
+    assert images.shape == (33, 128, 192, 3) and torch.isfinite(images).all()
+    assert torch.equal(images[::by], blind[::by])
+    assert caplog.text.count("keyframes the reference is shifted by") == 1
 
 
-@pytest.mark.parametrize(("frames", "by", "first"), [(9, 2, 1), (10, 4, 1), (10, 4, 2)])
+@pytest.mark.parametrize(("frames", "by", "first"), [(5, 2, 1), (6, 4, 1), (6, 4, 2)])
 def test_with_guides(core, stride, fill, last, vae, model, upscale, picture, frames, by, first):
     """Conditioning from before the first stage, the last image at the strided frame of the real end."""
     base, end = conds(), 8 * (frames - 1)

@@ -162,7 +162,8 @@ def test_template_runs_dry(
     if is_two_stage(prompt):
         # Half of 24 or 25: the note asks for the comparison that this line asks for.
         assert sum("compare one clip of the same seed" in line for line in lines) == 1
-        # What the random second stage has made of the first is no matter.
+        # That it followed the reference; how far the random second stage is from the first is no matter.
+        assert sum("keyframes the reference is shifted by" in line for line in lines) == 1
         told = ("compare one clip of the same seed", "Latent Flow Interpolate: at ")
         lines = [line for line in lines if not any(words in line for words in told)]
         assert len(lines) == 1
