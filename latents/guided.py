@@ -20,8 +20,10 @@ from .motion import NUMBERS_AT_ONCE, Way, along, box, estimate_motion, refined, 
 
 # A step of an 8-bit picture.
 STEP = 1 / 255
-# A motion of the reference must leave less of the difference than this share, or things stand still.
+# A motion of the reference must leave less of the difference than this share, or things stand still. On the full picture
+# of the pyramid the search goes so far, which takes little from the result and half of the time.
 GAIN = 0.85
+REACH = 1
 # The upsampler makes 2 × 2 pixels of TAPS × TAPS of the reference; noise of this variance pulls it towards copying. It is
 # fitted to so many keyframes.
 TAPS = 5
@@ -42,7 +44,9 @@ TRUST = 3.0
 # shift counts in full where it leaves less than LEFT - SURE of what differs, and not at all above LEFT.
 LEVELS, STEPS, WIDE = 3, 2, 5
 LEFT, SURE = 0.8, 0.1
-# Fetching and mixing soften: detail above that of grain is brought to what the keyframes have of it, within these factors.
+# Fetching and mixing soften: detail above that of grain is brought nearer to what the keyframes have of it. Half of the
+# power would bring the finest to it, and what is a little coarser above it.
+RAISE = 0.3
 LEAST_RAISED, MOST_RAISED = 0.92, 1.3
 GRAIN = 2 * STEP
 # What lives at the same time, at most, for every place and channel of a picture, and for every place of the smaller ones.
@@ -240,7 +244,8 @@ def _sharpened(
     wanted = (weight_a * had_a + weight_b * had_b) / (weight_a + weight_b)
     detail = fine(picture)
     has = _far(detail.square().mean(dim=1, keepdim=True))
-    raised = box(((wanted + GRAIN**2) / (has + GRAIN**2)).sqrt().clamp(LEAST_RAISED, MOST_RAISED), 1)
+    raised = ((wanted + GRAIN**2) / (has + GRAIN**2)) ** RAISE
+    raised = box(raised.clamp(LEAST_RAISED, MOST_RAISED), 1)
     raised = F.interpolate(raised, size=picture.shape[-2:], mode="bilinear", align_corners=False)
     return picture + (raised - 1) * detail
 
@@ -285,11 +290,11 @@ class Reference:
 
     def at(self, times: list[int], size: tuple[int, int], device: torch.device | None) -> torch.Tensor:
         """[len(times) * B, 3, height / 2, width / 2], time by time, for frames of this even size."""
-        some = self.pictures[:, :, [self.place(time) for time in times]].movedim(2, 0).flatten(0, 1).float()
+        some = torch.cat([self.pictures[:, :, self.place(time)].float() for time in times])
         half = (size[0] // 2, size[1] // 2)
         if tuple(some.shape[-2:]) != half:
             some = F.interpolate(some, size=half, mode="bicubic", antialias=True, align_corners=False)
-        return some.clamp(0, 1).to(device)
+        return some.to(device).contiguous().clamp(0, 1)
 
     def is_known(self, times: list[int]) -> bool:
         return bool(self.pictures[:, :, [self.place(time) for time in times]].isfinite().all())
@@ -334,8 +339,9 @@ def follow(
     size = (height + height % 2, width + width % 2)
 
     def pictures(places: list[int]) -> torch.Tensor:
-        some = clip[:, :, places].to(device=device, dtype=torch.float32).movedim(2, 0).flatten(0, 1)
-        return F.pad(some, (0, size[1] - width, 0, size[0] - height), mode="replicate")
+        # Frames have their channels last: one by one they are copied in one piece.
+        some = torch.cat([clip[:, :, k].to(device=device, dtype=torch.float32) for k in places])
+        return F.pad(some.contiguous(), (0, size[1] - width, 0, size[0] - height), mode="replicate")
 
     def references(times: list[int]) -> torch.Tensor:
         return reference.at(times, size, device)
@@ -369,7 +375,8 @@ def follow(
                 turns[is_cut] = _turns(range(start, start + stride + 1, reference.step), references)[is_cut]
             gap_ends = (ends[gap], ends[gap + 1])
             for time, picture in _in_gap(gap_ends, start, stride, known, references, is_cut, turns, upsample):
-                made[time] = picture[..., :height, :width].clamp(0, 1).to(clip)
+                picture = picture[..., :height, :width].clamp(0, 1)
+                made[time] = picture.contiguous(memory_format=torch.channels_last).to(clip)
             comparison.followed += len(known)
         rest = missing if is_unlike.any() else [time for time in missing if time not in made]
         for time, picture in (blind(rest) if rest else {}).items():
@@ -394,13 +401,13 @@ def _in_gap(
     """
     batch, device = len(is_cut), ends[0].small.device
     smalls = [end.small for end in ends]
-    forth, back = estimate_motion(torch.cat(smalls), torch.cat(smalls[::-1])).chunk(2)
+    forth, back = estimate_motion(torch.cat(smalls), torch.cat(smalls[::-1]), reach=REACH).chunk(2)
     may_be_blind = ~is_cut.to(device).view(-1, 1, 1, 1)
     together = max(1, PIXELS_AT_ONCE // smalls[0][:, 0].numel())
     for some in (times[i : i + together] for i in range(0, len(times), together)):
         shown = references(some)
         theirs = torch.cat([end.reference.repeat(len(some), 1, 1, 1) for end in ends])
-        to_ends = estimate_motion(torch.cat((shown, shown)), theirs, GAIN).chunk(2)
+        to_ends = estimate_motion(torch.cat((shown, shown)), theirs, GAIN, REACH).chunk(2)
         rows = zip(some, shown.split(batch), *(flow.split(batch) for flow in to_ends), strict=True)
         for time, picture, to_first, to_second in rows:
             share = (time - start) / stride
