@@ -1,6 +1,6 @@
 """In-betweening on real film: blind, and along a small reference that shows every frame.
 
-    python benchmarks/inbetween.py                       # on a CPU; an hour for everything, it goes on where it stopped
+    python benchmarks/inbetween.py                       # on a CPU an hour, with --device cuda minutes; goes on where it stopped
     python benchmarks/inbetween.py --gaps 4 --references clean "H.264"
     python benchmarks/inbetween.py --part sheet          # the worst frames, as a picture
     python benchmarks/inbetween.py --part speed          # on a GPU, a minute
@@ -214,16 +214,21 @@ def figures(made: torch.Tensor, truth: torch.Tensor, gap: int) -> dict[str, floa
     }
 
 
-def restored(frames: torch.Tensor, gap: int, method: str, reference: torch.Tensor | None) -> torch.Tensor:
+def restored(
+    frames: torch.Tensor, gap: int, method: str, reference: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
     """As the node does it: [F, 3, H, W] of which only every gap-th is looked at -> the same, all made anew."""
     name = {LINEAR: "linear", RAFT: "optical_flow"}.get(method, "motion")
-    estimate = methods.estimate_for(name, load_flow() if method == RAFT else None)
+    flow = load_flow() if method == RAFT else None
+    if flow is not None:
+        flow.model.to(device)
+    estimate = methods.estimate_for(name, flow)
     kept = frames[::gap].movedim(1, -1)[None]
     note = stride.StrideNote(gap, len(frames), len(frames[::gap]), frames_a_latent=1)
     guide = None
     if reference is not None:
         guide = guided.Reference(reference.movedim(0, 1)[None], 1)
-    made = restore.restore_frames(kept, note, name, estimate, torch.device("cpu"), lambda *_: None, guide)
+    made = restore.restore_frames(kept, note, name, estimate, device, lambda *_: None, guide)
     return made[0].movedim(-1, 1)
 
 
@@ -238,10 +243,12 @@ def enlarged(frames: torch.Tensor, gap: int, reference: torch.Tensor) -> torch.T
     return out
 
 
-def made(method: str, frames: torch.Tensor, gap: int, reference: torch.Tensor) -> torch.Tensor:
+def made(
+    method: str, frames: torch.Tensor, gap: int, reference: torch.Tensor, device: torch.device
+) -> torch.Tensor:
     if method == ENLARGED:
         return enlarged(frames, gap, reference)
-    return restored(frames, gap, method, reference if method == GUIDED else None)
+    return restored(frames, gap, method, reference if method == GUIDED else None, device)
 
 
 def material(truth: torch.Tensor, gap: int, damage: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,7 +280,7 @@ def measure(options: argparse.Namespace, known: set[tuple[Any, ...]]) -> Iterato
         for method, row in wanted.items():
             began = time.perf_counter()
             with mock.patch.object(restore, "_tell") as told:
-                out = made(method, frames, gap, reference)
+                out = made(method, frames, gap, reference, options.device)
             seconds = (time.perf_counter() - began) / (options.frames - 1) * gap / (gap - 1)
             row |= figures(out, truth, gap) | {"seconds": seconds}
             if told.called:
@@ -284,7 +291,7 @@ def measure(options: argparse.Namespace, known: set[tuple[Any, ...]]) -> Iterato
             yield row
 
 
-def draw_sheet(report: dict[str, Any], path: Path) -> None:
+def draw_sheet(report: dict[str, Any], path: Path, device: torch.device) -> None:
     """The worst frame of the worst windows: those with the lowest PSNR, and those that gain least over blind motion."""
     import matplotlib
 
@@ -306,7 +313,7 @@ def draw_sheet(report: dict[str, Any], path: Path) -> None:
     for row, places in zip(rows, axes, strict=True):
         truth = window_of(SEGMENTS[row["segment"]], report["frames"])
         frames, reference = material(truth, row["gap"], row["reference"])
-        others = [made(method, frames, row["gap"], reference) for method in (BLIND, ENLARGED, GUIDED)]
+        others = [made(method, frames, row["gap"], reference, device) for method in (BLIND, ENLARGED, GUIDED)]
         scores = psnr(others[-1], truth)
         at = int(scores.argmin())
         shown = [
@@ -337,7 +344,7 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def time_it(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Seconds a missing frame of 1280 × 704 on a GPU, of which only some multiprocessors work."""
-    device = torch.device(options.device)
+    device: torch.device = options.device
     width, height = options.size
     generator = torch.Generator().manual_seed(0)
     rough = torch.rand(1, 3, height // 8 + 32, width // 8 + 32, generator=generator)
@@ -446,10 +453,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after that")
     parser.add_argument("--anew", action="store_true", help="measure rows that are there already, too")
     parser.add_argument("--table", action="store_true", help="measure nothing")
-    parser.add_argument("--device", default="cuda", help="of the part speed")
+    parser.add_argument("--device", type=torch.device, help="cuda for the part speed, else cpu")
     parser.add_argument("--size", type=int, nargs=2, default=(1280, 704), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--multiprocessors", type=int, default=8, help="that work, 0: all")
     options = parser.parse_args()
+    options.device = options.device or torch.device("cuda" if options.part == "speed" else "cpu")
     report: dict[str, Any] = {}
     if options.out.exists():
         report = json.loads(options.out.read_text(encoding="utf-8"))
@@ -462,7 +470,7 @@ def main() -> None:
     if not options.table:
         with torch.inference_mode():
             if options.part == "sheet":
-                draw_sheet(report, options.out.with_suffix(".png"))
+                draw_sheet(report, options.out.with_suffix(".png"), options.device)
             elif options.part == "speed":
                 report["speed_torch"] = torch.__version__
                 report["speed"] = []

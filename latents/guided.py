@@ -29,8 +29,9 @@ REACH = 1
 TAPS = 5
 COPYING = 1e-4
 FITTED = 8
-# How far a reference is off where it matches: this quantile of what is left, a little enlarged, and never more than that.
-QUIET, ENLARGED, MOST_OFF = 0.3, 1.3, 5 * STEP
+# How far a reference is off where it matches: this quantile of what is left, a little enlarged; but no more than that, or
+# than its errors at both ends differ, lest a picture that matches nowhere pass for noise.
+QUIET, ENLARGED, MOST_OFF = 0.3, 1.3, 2 * STEP
 # What neither keyframe shows is the reference's own, enlarged, in the colours of the keyframes around it.
 UNSEEN = 0.02
 FAR = 8
@@ -183,8 +184,10 @@ def picture_at(
 
     fetched = [warp(end.aligned, flow, "bicubic") for end, flow in zip(ends, flows, strict=True)]
     left = [_rest(reference - picture) for picture in fetched]
-    quiet = _quantile(torch.minimum(*left))
-    off = (ENLARGED * quiet).clamp(max=MOST_OFF)
+    offs = [warp(end.off, flow, "bicubic") for end, flow in zip(ends, flows, strict=True)]
+    noise = offs[0] - offs[1]
+    most_off = _mean_square(noise).sqrt().clamp(min=MOST_OFF).view(-1, 1, 1, 1)
+    off = torch.minimum(ENLARGED * _quantile(torch.minimum(*left)), most_off)
     enlarged = upsample(reference)
     weights: list[torch.Tensor] = []
     out, total = torch.zeros_like(enlarged), torch.zeros_like(enlarged[:, :1])
@@ -203,8 +206,7 @@ def picture_at(
 
     guided = (weights[0] * fetched[0] + weights[1] * fetched[1]) / (weights[0] + weights[1])
     blind = along(ends[0].aligned, ends[1].aligned, way)
-    offs = [warp(end.off, flow, "bicubic") for end, flow in zip(ends, flows, strict=True)]
-    takes = _blind_share(reference - guided, reference - blind, offs[0] - offs[1])
+    takes = _blind_share(reference - guided, reference - blind, noise)
     takes = takes * may_be_blind
     out = torch.lerp(out, along(ends[0].picture, ends[1].picture, way.enlarged(size)), _twice(takes))
     return _sharpened(out, ends, flows, weights)
