@@ -162,17 +162,17 @@ def shift_between(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def picture_at(
     reference: torch.Tensor,
-    share: torch.Tensor,
+    share: float,
     ends: tuple[Keyframe, Keyframe],
     flows: tuple[torch.Tensor, torch.Tensor],
     way: Way,
     may_be_blind: torch.Tensor,
     upsample: Upsampler,
 ) -> torch.Tensor:
-    """The picture that `reference` [B, C, h, w] shows small, `share` [B, 1, 1, 1] of the way from one end to the other.
+    """The picture that `reference` [B, C, h, w] shows small, `share` of the way from one end to the other.
 
     flows: from the reference to those of both ends; way: how the blind picture is made of them, where there `may_be` one
-    [B, 1, 1, 1]. A share of 0 or 1 asks for one end alone, as behind a cut.
+    [B, 1, 1, 1].
     """
     size = ends[0].picture.shape[-2:]
     near = (1 - share, share)
@@ -337,7 +337,7 @@ def follow(
     Keyframes are handed on as they are, bit for bit. `blind` makes the pictures of which the reference tells nothing, and
     those beside keyframes that it is unlike; `comparison` is filled as the work goes on.
     """
-    batch, (height, width), last = clip.shape[0], clip.shape[-2:], clip.shape[2] - 1
+    (height, width), last = clip.shape[-2:], clip.shape[2] - 1
     size = (height + height % 2, width + width % 2)
 
     def pictures(places: list[int]) -> torch.Tensor:
@@ -372,11 +372,8 @@ def follow(
             is_unlike = torch.maximum(ends[gap].unlike, ends[gap + 1].unlike).cpu() > UNLIKE
         if not is_unlike.all():
             is_cut = cuts.after([gap])[0]
-            turns = torch.full((batch,), torch.nan)
-            if is_cut.any():
-                turns[is_cut] = _turns(range(start, start + stride + 1, reference.step), references)[is_cut]
             gap_ends = (ends[gap], ends[gap + 1])
-            for time, picture in _in_gap(gap_ends, start, stride, known, references, is_cut, turns, upsample):
+            for time, picture in _in_gap(gap_ends, start, stride, known, references, is_cut, upsample):
                 picture = picture[..., :height, :width].clamp(0, 1)
                 made[time] = picture.contiguous(memory_format=torch.channels_last).to(clip)
             comparison.followed += len(known)
@@ -395,12 +392,9 @@ def _in_gap(
     times: list[int],
     references: Callable[[list[int]], torch.Tensor],
     is_cut: torch.Tensor,
-    turns: torch.Tensor,
     upsample: Upsampler,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(time, picture) between both ends. Across a cut [B] no blind picture is asked for, and up to its turn [B], if there is
-    one, the first end alone, then the second.
-    """
+    """(time, picture) between both ends. Across a cut [B] no blind picture is asked for: each shows what one end alone has."""
     batch, device = len(is_cut), ends[0].small.device
     smalls = [end.small for end in ends]
     forth, back = estimate_motion(torch.cat(smalls), torch.cat(smalls[::-1]), reach=REACH).chunk(2)
@@ -414,22 +408,8 @@ def _in_gap(
         for time, picture, to_first, to_second in rows:
             share = (time - start) / stride
             way = way_at(forth, back, share, 2.0)
-            shares = torch.where(turns.isfinite(), (time > turns).float(), share).to(device).view(-1, 1, 1, 1)
             flows = (to_first, to_second)
-            yield time, picture_at(picture, shares, ends, flows, way, may_be_blind, upsample)
-
-
-def _turns(times: range, references: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
-    """After which of `times` the reference is cut [B]; no number where it is not cut once."""
-
-    def pairs(places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = (references([times[k + offset] for k in places]).nan_to_num() for offset in (0, 1))
-        return a, b
-
-    cuts = Cuts(pairs, len(times), 1)
-    found = torch.stack(cuts.after(list(range(len(times) - 1)))).double()
-    at = (found * torch.tensor(times[:-1], dtype=torch.float64)[:, None]).sum(dim=0)
-    return torch.where(found.sum(dim=0) == 1, at, torch.nan).float()
+            yield time, picture_at(picture, share, ends, flows, way, may_be_blind, upsample)
 
 
 def _fitted(

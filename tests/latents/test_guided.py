@@ -179,7 +179,8 @@ def test_noise_is_not_taken_for_a_shift(guided):
 def test_keyframes_that_are_each_off_do_not_blur_what_lies_between(pack):
     """Moved by a pixel, each its own way: in between things go evenly from one's place to the other's."""
     warp = pack("latents.motion").warp
-    frames = film(lambda f: (48, 64), frames=5)
+    # Away and back, so that the keyframes alone do not tell.
+    frames = film(lambda f: (48 + 5 * (2 - abs(2 - f)), 64), frames=5)
     moved = frames.clone()
     for k, x in ((0, 0.8), (4, -0.8)):
         flow = torch.zeros(1, 2, HEIGHT, WIDTH)
@@ -190,7 +191,7 @@ def test_keyframes_that_are_each_off_do_not_blur_what_lies_between(pack):
     fine = pack("latents.guided").fine
     inner = (..., slice(8, -8), slice(8, -8))
     energy = fine(out)[inner].square().mean(dim=(1, 2, 3))
-    assert energy[1:4].min() > 0.85 * energy[[0, 4]].mean(), "no pulse"
+    assert energy[1:4].min() > 0.91 * energy[[0, 4]].mean(), "no pulse"
     assert psnr(out[2][inner], frames[2][inner]) > 32, "half way, both are right"
     mixed = fine((moved[:1] + moved[4:]) / 2)[inner].square().mean()
     assert mixed < 0.75 * energy[[0, 4]].mean(), "a mixture is blurred"
@@ -202,9 +203,7 @@ def test_on_a_calm_clip_a_poor_reference_does_little_harm(pack, noise):
     frames = clean + 0.004 * noise_like(clean, 1)
     out, _ = follow(pack, frames, 4, (small(frames) + noise * noise_like(small(frames), 2)).clamp(0, 1))
     missing = [1, 2, 3, 5, 6, 7]
-    assert (
-        psnr(out[missing], frames[missing]) > psnr(blindly(pack, frames, 4)[missing], frames[missing]) - 1
-    )
+    assert psnr(out[missing], frames[missing]) > psnr(blindly(pack, frames, 4)[missing], frames[missing]) - 1
 
 
 def test_a_reference_of_another_clip_is_not_followed(pack):
