@@ -20,15 +20,18 @@ from .motion import NUMBERS_AT_ONCE, Way, along, box, estimate_motion, refined, 
 
 # A step of an 8-bit picture.
 STEP = 1 / 255
-# A motion of the reference must leave less of the difference than this share, or things stand still.
+# A motion of the reference must leave less of the difference than this share, or things stand still. On the full picture
+# of the pyramid the search goes so far, which takes little from the result and half of the time.
 GAIN = 0.85
+REACH = 1
 # The upsampler makes 2 × 2 pixels of TAPS × TAPS of the reference; noise of this variance pulls it towards copying. It is
 # fitted to so many keyframes.
 TAPS = 5
 COPYING = 1e-4
 FITTED = 8
-# How far a reference is off where it matches: this quantile of what is left, a little enlarged, and never more than that.
-QUIET, ENLARGED, MOST_OFF = 0.3, 1.3, 5 * STEP
+# How far a reference is off where it matches: this quantile of what is left, a little enlarged; but no more than that, or
+# than its errors at both ends differ, lest a picture that matches nowhere pass for noise.
+QUIET, ENLARGED, MOST_OFF = 0.3, 1.3, 2 * STEP
 # What neither keyframe shows is the reference's own, enlarged, in the colours of the keyframes around it.
 UNSEEN = 0.02
 FAR = 8
@@ -42,7 +45,9 @@ TRUST = 3.0
 # shift counts in full where it leaves less than LEFT - SURE of what differs, and not at all above LEFT.
 LEVELS, STEPS, WIDE = 3, 2, 5
 LEFT, SURE = 0.8, 0.1
-# Fetching and mixing soften: detail above that of grain is brought to what the keyframes have of it, within these factors.
+# Fetching and mixing soften: detail above that of grain is brought nearer to what the keyframes have of it. Half of the
+# power would bring the finest to it, and what is a little coarser above it.
+RAISE = 0.3
 LEAST_RAISED, MOST_RAISED = 0.92, 1.3
 GRAIN = 2 * STEP
 # What lives at the same time, at most, for every place and channel of a picture, and for every place of the smaller ones.
@@ -157,17 +162,17 @@ def shift_between(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def picture_at(
     reference: torch.Tensor,
-    share: torch.Tensor,
+    share: float,
     ends: tuple[Keyframe, Keyframe],
     flows: tuple[torch.Tensor, torch.Tensor],
     way: Way,
     may_be_blind: torch.Tensor,
     upsample: Upsampler,
 ) -> torch.Tensor:
-    """The picture that `reference` [B, C, h, w] shows small, `share` [B, 1, 1, 1] of the way from one end to the other.
+    """The picture that `reference` [B, C, h, w] shows small, `share` of the way from one end to the other.
 
     flows: from the reference to those of both ends; way: how the blind picture is made of them, where there `may_be` one
-    [B, 1, 1, 1]. A share of 0 or 1 asks for one end alone, as behind a cut.
+    [B, 1, 1, 1].
     """
     size = ends[0].picture.shape[-2:]
     near = (1 - share, share)
@@ -179,8 +184,10 @@ def picture_at(
 
     fetched = [warp(end.aligned, flow, "bicubic") for end, flow in zip(ends, flows, strict=True)]
     left = [_rest(reference - picture) for picture in fetched]
-    quiet = _quantile(torch.minimum(*left))
-    off = (ENLARGED * quiet).clamp(max=MOST_OFF)
+    offs = [warp(end.off, flow, "bicubic") for end, flow in zip(ends, flows, strict=True)]
+    noise = offs[0] - offs[1]
+    most_off = _mean_square(noise).sqrt().clamp(min=MOST_OFF).view(-1, 1, 1, 1)
+    off = torch.minimum(ENLARGED * _quantile(torch.minimum(*left)), most_off)
     enlarged = upsample(reference)
     weights: list[torch.Tensor] = []
     out, total = torch.zeros_like(enlarged), torch.zeros_like(enlarged[:, :1])
@@ -199,8 +206,7 @@ def picture_at(
 
     guided = (weights[0] * fetched[0] + weights[1] * fetched[1]) / (weights[0] + weights[1])
     blind = along(ends[0].aligned, ends[1].aligned, way)
-    offs = [warp(end.off, flow, "bicubic") for end, flow in zip(ends, flows, strict=True)]
-    takes = _blind_share(reference - guided, reference - blind, offs[0] - offs[1])
+    takes = _blind_share(reference - guided, reference - blind, noise)
     takes = takes * may_be_blind
     out = torch.lerp(out, along(ends[0].picture, ends[1].picture, way.enlarged(size)), _twice(takes))
     return _sharpened(out, ends, flows, weights)
@@ -240,7 +246,8 @@ def _sharpened(
     wanted = (weight_a * had_a + weight_b * had_b) / (weight_a + weight_b)
     detail = fine(picture)
     has = _far(detail.square().mean(dim=1, keepdim=True))
-    raised = box(((wanted + GRAIN**2) / (has + GRAIN**2)).sqrt().clamp(LEAST_RAISED, MOST_RAISED), 1)
+    raised = ((wanted + GRAIN**2) / (has + GRAIN**2)) ** RAISE
+    raised = box(raised.clamp(LEAST_RAISED, MOST_RAISED), 1)
     raised = F.interpolate(raised, size=picture.shape[-2:], mode="bilinear", align_corners=False)
     return picture + (raised - 1) * detail
 
@@ -285,11 +292,11 @@ class Reference:
 
     def at(self, times: list[int], size: tuple[int, int], device: torch.device | None) -> torch.Tensor:
         """[len(times) * B, 3, height / 2, width / 2], time by time, for frames of this even size."""
-        some = self.pictures[:, :, [self.place(time) for time in times]].movedim(2, 0).flatten(0, 1).float()
+        some = torch.cat([self.pictures[:, :, self.place(time)].float() for time in times])
         half = (size[0] // 2, size[1] // 2)
         if tuple(some.shape[-2:]) != half:
             some = F.interpolate(some, size=half, mode="bicubic", antialias=True, align_corners=False)
-        return some.clamp(0, 1).to(device)
+        return some.to(device).contiguous().clamp(0, 1)
 
     def is_known(self, times: list[int]) -> bool:
         return bool(self.pictures[:, :, [self.place(time) for time in times]].isfinite().all())
@@ -330,12 +337,13 @@ def follow(
     Keyframes are handed on as they are, bit for bit. `blind` makes the pictures of which the reference tells nothing, and
     those beside keyframes that it is unlike; `comparison` is filled as the work goes on.
     """
-    batch, (height, width), last = clip.shape[0], clip.shape[-2:], clip.shape[2] - 1
+    (height, width), last = clip.shape[-2:], clip.shape[2] - 1
     size = (height + height % 2, width + width % 2)
 
     def pictures(places: list[int]) -> torch.Tensor:
-        some = clip[:, :, places].to(device=device, dtype=torch.float32).movedim(2, 0).flatten(0, 1)
-        return F.pad(some, (0, size[1] - width, 0, size[0] - height), mode="replicate")
+        # Frames have their channels last: one by one they are copied in one piece.
+        some = torch.cat([clip[:, :, k].to(device=device, dtype=torch.float32) for k in places])
+        return F.pad(some.contiguous(), (0, size[1] - width, 0, size[0] - height), mode="replicate")
 
     def references(times: list[int]) -> torch.Tensor:
         return reference.at(times, size, device)
@@ -364,12 +372,10 @@ def follow(
             is_unlike = torch.maximum(ends[gap].unlike, ends[gap + 1].unlike).cpu() > UNLIKE
         if not is_unlike.all():
             is_cut = cuts.after([gap])[0]
-            turns = torch.full((batch,), torch.nan)
-            if is_cut.any():
-                turns[is_cut] = _turns(range(start, start + stride + 1, reference.step), references)[is_cut]
             gap_ends = (ends[gap], ends[gap + 1])
-            for time, picture in _in_gap(gap_ends, start, stride, known, references, is_cut, turns, upsample):
-                made[time] = picture[..., :height, :width].clamp(0, 1).to(clip)
+            for time, picture in _in_gap(gap_ends, start, stride, known, references, is_cut, upsample):
+                picture = picture[..., :height, :width].clamp(0, 1)
+                made[time] = picture.contiguous(memory_format=torch.channels_last).to(clip)
             comparison.followed += len(known)
         rest = missing if is_unlike.any() else [time for time in missing if time not in made]
         for time, picture in (blind(rest) if rest else {}).items():
@@ -386,41 +392,24 @@ def _in_gap(
     times: list[int],
     references: Callable[[list[int]], torch.Tensor],
     is_cut: torch.Tensor,
-    turns: torch.Tensor,
     upsample: Upsampler,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(time, picture) between both ends. Across a cut [B] no blind picture is asked for, and up to its turn [B], if there is
-    one, the first end alone, then the second.
-    """
+    """(time, picture) between both ends. Across a cut [B] no blind picture is asked for: each shows what one end alone has."""
     batch, device = len(is_cut), ends[0].small.device
     smalls = [end.small for end in ends]
-    forth, back = estimate_motion(torch.cat(smalls), torch.cat(smalls[::-1])).chunk(2)
+    forth, back = estimate_motion(torch.cat(smalls), torch.cat(smalls[::-1]), reach=REACH).chunk(2)
     may_be_blind = ~is_cut.to(device).view(-1, 1, 1, 1)
     together = max(1, PIXELS_AT_ONCE // smalls[0][:, 0].numel())
     for some in (times[i : i + together] for i in range(0, len(times), together)):
         shown = references(some)
         theirs = torch.cat([end.reference.repeat(len(some), 1, 1, 1) for end in ends])
-        to_ends = estimate_motion(torch.cat((shown, shown)), theirs, GAIN).chunk(2)
+        to_ends = estimate_motion(torch.cat((shown, shown)), theirs, GAIN, REACH).chunk(2)
         rows = zip(some, shown.split(batch), *(flow.split(batch) for flow in to_ends), strict=True)
         for time, picture, to_first, to_second in rows:
             share = (time - start) / stride
             way = way_at(forth, back, share, 2.0)
-            shares = torch.where(turns.isfinite(), (time > turns).float(), share).to(device).view(-1, 1, 1, 1)
             flows = (to_first, to_second)
-            yield time, picture_at(picture, shares, ends, flows, way, may_be_blind, upsample)
-
-
-def _turns(times: range, references: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
-    """After which of `times` the reference is cut [B]; no number where it is not cut once."""
-
-    def pairs(places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = (references([times[k + offset] for k in places]).nan_to_num() for offset in (0, 1))
-        return a, b
-
-    cuts = Cuts(pairs, len(times), 1)
-    found = torch.stack(cuts.after(list(range(len(times) - 1)))).double()
-    at = (found * torch.tensor(times[:-1], dtype=torch.float64)[:, None]).sum(dim=0)
-    return torch.where(found.sum(dim=0) == 1, at, torch.nan).float()
+            yield time, picture_at(picture, share, ends, flows, way, may_be_blind, upsample)
 
 
 def _fitted(

@@ -86,7 +86,9 @@ def _grid(flow: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.expand(height, width), y[:, None].expand(height, width)
 
 
-def estimate_motion(a: torch.Tensor, b: torch.Tensor, gain: float = GAIN) -> torch.Tensor:
+def estimate_motion(
+    a: torch.Tensor, b: torch.Tensor, gain: float = GAIN, reach: int = RADIUS
+) -> torch.Tensor:
     """Flow from a to b: overlapping blocks are matched from coarse to fine, then refined by their gradients.
 
     Where nothing tells of a motion, the answer is to stand still: a motion must leave less than `gain` of the difference.
@@ -101,7 +103,8 @@ def estimate_motion(a: torch.Tensor, b: torch.Tensor, gain: float = GAIN) -> tor
     flow = a.new_zeros(a.shape[0], 2, *a.shape[-2:])
     for small_a, small_b in reversed(pyramid):
         flow = resized(flow, small_a.shape[-2:])
-        flow = _median(_matched(small_a, small_b, flow))
+        radius = reach if small_a is pyramid[0][0] else RADIUS
+        flow = _median(_matched(small_a, small_b, flow, radius))
         for _ in range(REFINEMENTS):
             flow = refined(small_a, small_b, flow)
         flow = _median(flow)
@@ -153,10 +156,10 @@ def _length(flow: torch.Tensor) -> torch.Tensor:
     return flow.square().sum(dim=1, keepdim=True).sqrt()
 
 
-def _matched(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-    """The best of all whole-pixel changes up to RADIUS around `flow`."""
+def _matched(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor, radius: int) -> torch.Tensor:
+    """The best of all whole-pixel changes up to `radius` around `flow`."""
     shifts = flow.new_tensor(
-        [(dx, dy) for dy in range(-RADIUS, RADIUS + 1) for dx in range(-RADIUS, RADIUS + 1)]
+        [(dx, dy) for dy in range(-radius, radius + 1) for dx in range(-radius, radius + 1)]
     )
     # Dearer with distance, so that an empty block stays where it is.
     pull = STILLNESS * _contrast(a)

@@ -417,3 +417,155 @@ def test_the_loader_reads_both_rafts_and_nothing_else(pack, tmp_path, monkeypatc
         loader.execute("other.safetensors")
     with pytest.raises(FileNotFoundError, match="models/optical_flow"):
         loader.execute("missing.safetensors")
+
+
+def shown_small(frames, size=32):
+    return torch.nn.functional.interpolate(frames.movedim(-1, 1), size=(size, size), mode="area").movedim(
+        1, -1
+    )
+
+
+def there_and_back(frames=33, size=64, far=16):
+    """[F, H, W, 3]: a square that is back where it was at every eighth frame, over a pattern."""
+    whole = moving(4 * far, size)
+    return whole[[round(far * (1 - abs(1 - f % 8 / 4))) for f in range(frames)]]
+
+
+@pytest.fixture
+def by_eights(vae, stride_node):
+    latent = {"samples": vae.encode(there_and_back(65))}
+    return stride_node.execute(any_model(), latent, 8, vae=vae).args[1]
+
+
+def test_frames_follow_a_reference(node, by_eights, vae, caplog):
+    truth = there_and_back(65)
+    caplog.set_level("INFO")
+    blind = node.execute(by_eights, "motion", vae=vae, encode=False).args[1]
+    frames = node.execute(by_eights, "motion", vae=vae, encode=False, reference=shown_small(truth)).args[1]
+    error, blind_error = ((out - truth).square().mean() for out in (frames, blind))
+    assert error < blind_error / 10
+    assert torch.equal(frames[::8], blind[::8]), "what was sampled stays, bit for bit"
+    (told,) = [line for line in caplog.messages if "keyframes the reference is shifted by" in line]
+    assert "at 9 keyframes" in told and "56 of 56 frames follow it" in told
+
+
+def test_without_a_reference_everything_is_as_it_was(node, strided, vae):
+    latent, frames = node.execute(strided, "motion", vae=vae).args
+    again, same = node.execute(strided, "motion", vae=vae, reference=None).args
+    assert torch.equal(frames, same) and torch.equal(latent["samples"], again["samples"])
+    assert node.define_schema().inputs[-1].id == "reference", "saved workflows keep their order"
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_first_stage_that_was_strided_itself_guides_its_own_frames(node, by_eights, vae, caplog, step):
+    caplog.set_level("INFO")
+    truth = there_and_back(65)
+    reference = shown_small(truth)[::step]
+    frames = node.execute(by_eights, "linear", vae=vae, encode=False, reference=reference).args[1]
+    blind = node.execute(by_eights, "linear", vae=vae, encode=False).args[1]
+    own = [f for f in range(65) if f % step == 0 and f % 8]
+    assert (frames - truth)[own].square().mean() < (blind - truth)[own].square().mean() / 5
+    assert f"{len(own)} of {len(own)} frames follow it" in caplog.text
+    # Those between are made from both beside, by the method.
+    middle = (frames[4] + frames[4 + step]) / 2 if step == 2 else (frames[0] + frames[4]) / 2
+    assert torch.allclose(frames[5 if step == 2 else 2], middle, atol=1e-5)
+
+
+def test_a_stride_that_does_not_divide_the_clip(node, stride_node, vae):
+    """121 frames at stride 4 and 8: the last keyframes lie past the end of the reference, and repeat its last frame."""
+    truth = moving(41)
+    latent = {"samples": vae.encode(truth)}
+    thinned = stride_node.execute(any_model(), latent, 4, vae=vae).args[1]
+    assert thinned["samples"].shape[2] == 3
+    frames = node.execute(thinned, "motion", vae=vae, encode=False, reference=shown_small(truth)).args[1]
+    assert len(frames) == 41 and (frames - truth).square().mean() < 1e-4
+    thinned = {"samples": vae.encode(moving(49)[::3]), "frame_thrift_stride": {"stride": 3, "frames": 6, "strided_frames": 3}}  # fmt: skip
+    frames = node.execute(thinned, "motion", vae=vae, encode=False, reference=shown_small(moving(41))).args[1]
+    assert len(frames) == 41
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        (torch.zeros(32, 32, 32, 3), "^reference: expected the same clip's 33 frames, got 32 frames.*Keyframe Stride"),
+        (torch.zeros(1, 32, 32, 3), "^reference: .*got 1 frames"),
+        (torch.zeros(33, 32, 36, 3), "^reference: .*64 × 64, got 36 × 32.*uncropped"),
+        (torch.zeros(33, 12, 12, 3), "^reference: .*a quarter.*got 12 × 12"),
+        (torch.zeros(33, 128, 128, 3), "^reference: .*got 128 × 128"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_reference_says_why_before_any_work(
+    node, strided, vae, monkeypatch, reference, words
+):
+    monkeypatch.setattr(vae, "decode", lambda *_: pytest.fail("work before the check"))
+    with pytest.raises(ValueError, match=words):
+        node.execute(strided, "motion", vae=vae, reference=reference)
+
+
+def test_a_reference_needs_a_vae(node, strided):
+    with pytest.raises(ValueError, match="^reference: .*Connect vae"):
+        node.execute(strided, "motion", reference=torch.zeros(33, 32, 32, 3))
+
+
+def test_where_nothing_is_to_be_made_the_reference_is_not_used_and_that_is_told(node, strided, vae, caplog):
+    caplog.set_level("INFO")
+    latent = {"samples": torch.rand(1, 128, 3, 16, 16)}
+    node.execute(latent, "motion", vae=vae, stride=1, reference=torch.zeros(5, 8, 8, 3))
+    assert caplog.text.count("reference is not used") == 1
+    own = node.execute(strided, "motion", vae=vae, encode=False, reference=shown_small(moving())[:17]).args[1]
+    assert "none in between" in caplog.text
+    assert torch.equal(own, node.execute(strided, "motion", vae=vae, encode=False).args[1])
+
+
+def test_a_reference_of_another_clip_warns_and_is_not_followed(node, strided, vae, caplog):
+    reference = torch.rand(33, 8, 8, 3, generator=torch.Generator().manual_seed(0))
+    reference = torch.nn.functional.interpolate(reference.movedim(-1, 1), size=(32, 32)).movedim(1, -1)
+    frames = node.execute(strided, "motion", vae=vae, encode=False, reference=reference).args[1]
+    assert torch.equal(frames, node.execute(strided, "motion", vae=vae, encode=False).args[1])
+    (warned,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "at keyframes 0, 2, 4" in warned and "more than 50 %" in warned and "Connect frames" in warned
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_grey_and_transparent_references(node, strided, vae, channels):
+    truth = moving()
+    given = shown_small(truth)
+    reference = given[..., :1] if channels == 1 else torch.cat((given, torch.rand(33, 32, 32, 1)), dim=-1)
+    three, other = (
+        node.execute(strided, "motion", vae=vae, encode=False, reference=image).args[1]
+        for image in (given, reference)
+    )
+    assert torch.allclose(three, other, atol=1e-6)
+
+
+def test_a_batch_has_its_references_one_after_the_other(node, vae):
+    latents = torch.cat([vae.encode(moving()), vae.encode(moving().flip(1))])
+    settings = {"vae": vae, "stride": 2, "length": 65, "encode": False}
+    whole = moving(65)
+    references = [shown_small(whole), shown_small(whole.flip(1))]
+    both = node.execute({"samples": latents}, "motion", reference=torch.cat(references), **settings).args[1]
+    one = node.execute({"samples": latents[1:]}, "motion", reference=references[1], **settings).args[1]
+    assert torch.allclose(both[65:], one, atol=1e-4)
+    with pytest.raises(ValueError, match="65 frames for each of the 2 clips.*got 65"):
+        node.execute({"samples": latents}, "motion", reference=references[0], **settings)
+
+
+def test_an_interrupt_stops_it_with_a_reference(node, strided, vae):
+    comfy.model_management.interrupt_current_processing(True)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            node.execute(strided, "motion", vae=vae, reference=shown_small(moving()))
+    finally:
+        comfy.model_management.interrupt_current_processing(False)
+
+
+def test_the_memory_that_following_asks_for_is_what_it_takes(pack):
+    guided, shape, gap = pack("latents.guided"), (1, 3, 3, 256, 256), 8
+    clip, frames = torch.rand(shape), (shape[2] - 1) * gap + 1
+    small = torch.nn.functional.avg_pool3d(clip, (1, 2, 2)).repeat_interleave(gap, dim=2)[:, :, :frames]
+    with Alive() as alive:
+        for _ in guided.follow(
+            clip, gap, guided.Reference(small, 1), list(range(gap + 1)), None, guided.Comparison()
+        ):
+            pass
+    assert alive.peak < guided.memory_used(shape) < 4 * alive.peak

@@ -195,3 +195,19 @@ def test_without_grid_sample_the_pictures_are_the_same(motion, monkeypatch):
     finally:
         monkeypatch.setattr(F, "grid_sample", grid_sample)
         motion._has_grid_sample.cache_clear()
+
+
+def test_the_median_is_that_of_nine(motion):
+    flow = torch.randn(2, 2, 7, 9, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    padded = F.pad(flow, (1, 1, 1, 1), mode="replicate")
+    around = [padded[..., y : y + 7, x : x + 9] for y in range(3) for x in range(3)]
+    assert torch.equal(motion._median(flow), torch.stack(around, dim=2).median(dim=2).values)
+
+
+def test_a_way_found_on_smaller_pictures_leads_to_nearly_the_same(motion):
+    a, b = (SCENES["translation"](time) for time in (0.0, 1.0))
+    small_a, small_b = (F.avg_pool2d(p, 2) for p in (a, b))
+    flows = motion.estimate_motion(small_a, small_b), motion.estimate_motion(small_b, small_a)
+    made = motion.along(a, b, motion.way_at(*flows, 0.5, 2.0).enlarged(a.shape[-2:]))
+    truth, inner = SCENES["translation"](0.5), (..., slice(8, -8), slice(8, -8))
+    assert psnr(made[inner], truth[inner]) > psnr(between(motion, a, b, 0.5)[inner], truth[inner]) - 2
