@@ -379,9 +379,8 @@ def follow(
             comparison.followed += len(known)
         rest = missing if is_unlike.any() else [time for time in missing if time not in made]
         for time, picture in (blind(rest) if rest else {}).items():
-            made[time] = (
-                torch.where(is_unlike.view(-1, 1, 1, 1), picture, made[time]) if time in made else picture
-            )
+            where = is_unlike.view(-1, 1, 1, 1).to(picture.device)
+            made[time] = torch.where(where, picture, made[time]) if time in made else picture
         yield from ((time, made[time] if time in made else clip[:, :, time // stride]) for time in times)
 
 
