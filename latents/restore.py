@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_management as mm
@@ -12,8 +11,9 @@ import comfy.utils
 import torch
 
 from .cuts import MOST_OF_LATENTS
-from .guided import UNLIKE, Comparison, Reference, follow
+from .guided import Reference
 from .interpolate import Estimate, bad_frames, frame_times, in_between, latent_times
+from .reference import OnPicture, followed, gathered
 from .stride import (
     FRAMES_A_LATENT,
     LARGEST_STRIDE,
@@ -32,10 +32,6 @@ logger = logging.getLogger(__name__)
 
 # The longest clip, in video frames, that is asked for by hand.
 LONGEST = 16384
-# A reference may be so much out of shape, as sizes that have to be multiples of 32 bring along.
-LEAST_STRETCH = 0.94
-# Called after every picture with how many are done and how many there will be.
-OnPicture = Callable[[int, int], None]
 
 
 def show_progress() -> OnPicture:
@@ -156,9 +152,9 @@ def restore_frames(
     if reference is None:
         pictures = in_between(clip, times, wanted, method, estimate, device)
     else:
-        pictures = _followed(clip, note.stride, total, reference, method, estimate, device)
+        pictures = followed(clip, note.stride, total, reference, method, estimate, device)
         if reference.step > 1:
-            clip = _gathered(pictures, clip, -(-(total - 1) // reference.step) + 1, total, on_picture)
+            clip = gathered(pictures, clip, -(-(total - 1) // reference.step) + 1, total, on_picture)
             times = frame_times(clip.shape[2], reference.step)
             pictures = in_between(clip, times, wanted, method, estimate, device)
     for place, picture in pictures:
@@ -167,126 +163,6 @@ def restore_frames(
             out[:, place].clamp_(0, 1)
         on_picture(place + 1, total)
     return out
-
-
-def reference_for(
-    image: torch.Tensor, note: StrideNote | None, batch: int, size: tuple[int, int] | None
-) -> Reference | None:
-    """IMAGE as a reference for frames of so many clips and this size, if that is known; None if there is nothing to follow.
-
-    Raises ValueError, naming the input, for other numbers of frames or another shape than the clip's.
-    """
-    if note is None:
-        logger.info(
-            "FrameThrift: Latent Flow Interpolate: the latent has its full length, so that no frames are made and the "
-            "reference is not used."
-        )
-        return None
-    counts = {
-        step: video_frames(strided_length(note.frames, step), note.frames_a_latent)
-        for step in range(1, note.stride + 1)
-        if note.stride % step == 0
-    }
-    clips = "" if batch == 1 else f" for each of the {batch} clips, one after the other"
-    step = next((step for step, count in counts.items() if len(image) == batch * count), None)
-    if step is None:
-        told = ", ".join(
-            f"{count} (every {_nth(step)} frame)" for step, count in counts.items() if 1 < step < note.stride
-        )
-        raise ValueError(
-            f"reference: expected the same clip's {counts[1]} frames{clips}{', or ' + told if told else ''}, got "
-            f"{len(image)} frames. Connect all frames of the first stage, decoded before its latent was thinned: output "
-            "frames of Keyframe Stride; or disconnect it."
-        )
-    if step == note.stride:
-        logger.info(
-            "FrameThrift: Latent Flow Interpolate: the reference has the latent's own frames and none in between, so that "
-            "it is not used."
-        )
-        return None
-    (height, width), (own_height, own_width) = size or image.shape[1:3], image.shape[1:3]
-    stretch = own_height * width / (own_width * height)
-    if not LEAST_STRETCH <= stretch <= 1 / LEAST_STRETCH or not 0.24 < own_height / height < 1.04:
-        raise ValueError(
-            f"reference: expected the same picture at full to a quarter of the size of the frames, {width} × {height}, got "
-            f"{own_width} × {own_height}. Connect the first stage's frames as they were decoded, uncropped."
-        )
-    pictures = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].expand(-1, -1, -1, 3)
-    return Reference(pictures.unflatten(0, (batch, -1)).movedim(-1, 1), step)
-
-
-def _nth(step: int) -> str:
-    return {2: "2nd", 3: "3rd"}.get(step, f"{step}th")
-
-
-def _followed(
-    clip: torch.Tensor,
-    stride: int,
-    total: int,
-    reference: Reference,
-    method: str,
-    estimate: Estimate | None,
-    device: torch.device,
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(place, picture) at the reference's times that `total` frames need, of a clip [B, C, N, H, W] of every stride-th."""
-    wanted = list(range(0, total + reference.step - 1, reference.step))
-    times = frame_times(clip.shape[2], stride)
-
-    def blind(some: list[int]) -> dict[int, torch.Tensor]:
-        # With the gaps beside: a cut is told by them, too.
-        around = slice(max(0, some[0] // stride - 1), some[0] // stride + 3)
-        at = torch.tensor(some, dtype=torch.float64)
-        made = in_between(clip[:, :, around], times[around], at, method, estimate, device)
-        return {some[place]: picture for place, picture in made}
-
-    comparison = Comparison()
-    yield from (
-        (time // reference.step, picture)
-        for time, picture in follow(clip, stride, reference, wanted, blind, comparison, device)
-    )
-    _tell(comparison, sum(time % stride > 0 for time in wanted))
-
-
-def _gathered(
-    pictures: Iterator[tuple[int, torch.Tensor]],
-    clip: torch.Tensor,
-    count: int,
-    total: int,
-    on_picture: OnPicture,
-) -> torch.Tensor:
-    """All `count` pictures as one clip, made before the `total` frames are."""
-    out = clip.new_empty(*clip.shape[:2], count, *clip.shape[3:])
-    for place, picture in pictures:
-        out[:, :, place] = picture
-        on_picture(place + 1, count + total)
-    return out
-
-
-def _tell(comparison: Comparison, missing: int) -> None:
-    shifts, unlike = list(comparison.shifts.values()), list(comparison.unlike.values())
-    if unlike:
-        logger.info(
-            "FrameThrift: Latent Flow Interpolate: at %d keyframes the reference is shifted by %.1f pixels (%.1f at most) and "
-            "leaves %.0f %% of their contrast unexplained (%.0f %% at most); %d of %d frames follow it.",
-            len(unlike),
-            sum(shifts) / len(shifts),
-            max(shifts),
-            100 * sum(unlike) / len(unlike),
-            100 * max(unlike),
-            comparison.followed,
-            missing,
-        )
-    if comparison.disagreeing:
-        far = comparison.disagreeing
-        logger.warning(
-            "FrameThrift: Latent Flow Interpolate: at keyframe%s %s the reference leaves %.0f %% of the contrast unexplained, "
-            "more than %.0f %%: it shows something else there. Frames beside are made without it. Connect frames of the very "
-            "clip, at the same times and uncropped, or start the second stage from a lower sigma.",
-            "s"[: len(far) > 1],
-            ", ".join(map(str, far)),
-            100 * max(comparison.unlike.values()),
-            100 * UNLIKE,
-        )
 
 
 def _warn_of(bad: list[int], kind: str) -> None:

@@ -9,15 +9,8 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..latents import pixels
 from ..latents.methods import METHODS, MOTION, estimate_for, make_room
-from ..latents.restore import (
-    LONGEST,
-    note_for,
-    reference_for,
-    restore_frames,
-    restore_latents,
-    restored,
-    show_progress,
-)
+from ..latents.reference import reference_for
+from ..latents.restore import LONGEST, note_for, restore_frames, restore_latents, restored, show_progress
 from ..latents.stride import LARGEST_STRIDE, video_of
 
 
