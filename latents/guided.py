@@ -268,7 +268,8 @@ def _rest(difference: torch.Tensor) -> torch.Tensor:
 def _quantile(values: torch.Tensor) -> torch.Tensor:
     """[B, 1, h, w] -> [B, 1, 1, 1]; of every fourth value or so, which is enough."""
     some = values[..., ::2, ::2].flatten(1)
-    return some.kthvalue(max(1, round(QUIET * some.shape[1])), dim=1).values.view(-1, 1, 1, 1)
+    # By sorting: some devices can't pick a single value.
+    return some.sort(dim=1).values[:, max(1, round(QUIET * some.shape[1])) - 1].view(-1, 1, 1, 1)
 
 
 def _twice(values: torch.Tensor) -> torch.Tensor:
@@ -308,6 +309,7 @@ class Comparison:
 
     shifts: dict[int, float] = field(default_factory=dict)
     unlike: dict[int, float] = field(default_factory=dict)
+    # Pictures of all items together.
     followed: int = 0
 
     def note(self, time: int, end: Keyframe) -> None:
@@ -361,7 +363,6 @@ def follow(
     for gap, group in groupby(wanted, key=lambda time: min(time // stride, last - 1)):
         times, start = list(group), gap * stride
         missing = [time for time in times if start < time < start + stride]
-        made: dict[int, torch.Tensor] = {}
         known = [time for time in missing if reference.is_known([time])]
         is_unlike = torch.tensor(True)
         if known and is_known[gap] and is_known[gap + 1]:
@@ -370,18 +371,27 @@ def follow(
                 ends[k] = keyframe(pictures([k]), references([k * stride]), upsample)
                 comparison.note(k * stride, ends[k])
             is_unlike = torch.maximum(ends[gap].unlike, ends[gap + 1].unlike).cpu() > UNLIKE
-        if not is_unlike.all():
+        guided = [] if is_unlike.all() else known
+        comparison.followed += len(guided) * int((~is_unlike).sum())
+        blindly = missing if is_unlike.any() else [time for time in missing if time not in guided]
+        made = blind(blindly) if blindly else {}
+        followed: Iterator[tuple[int, torch.Tensor]] = iter(())
+        if guided:
             is_cut = cuts.after([gap])[0]
-            gap_ends = (ends[gap], ends[gap + 1])
-            for time, picture in _in_gap(gap_ends, start, stride, known, references, is_cut, upsample):
-                picture = picture[..., :height, :width].clamp(0, 1)
-                made[time] = picture.contiguous(memory_format=torch.channels_last).to(clip)
-            comparison.followed += len(known)
-        rest = missing if is_unlike.any() else [time for time in missing if time not in made]
-        for time, picture in (blind(rest) if rest else {}).items():
-            where = is_unlike.view(-1, 1, 1, 1).to(picture.device)
-            made[time] = torch.where(where, picture, made[time]) if time in made else picture
-        yield from ((time, made[time] if time in made else clip[:, :, time // stride]) for time in times)
+            followed = _in_gap(
+                (ends[gap], ends[gap + 1]), start, stride, guided, references, is_cut, upsample
+            )
+        # One by one, so that the work can be stopped between them.
+        for time in times:
+            if time not in missing:
+                yield time, clip[:, :, time // stride]
+                continue
+            if time in guided:
+                picture = next(followed)[1][..., :height, :width].clamp(0, 1)
+                picture = picture.contiguous(memory_format=torch.channels_last).to(clip)
+                where = is_unlike.view(-1, 1, 1, 1).to(picture.device)
+                made[time] = torch.where(where, made[time], picture) if time in made else picture
+            yield time, made.pop(time)
 
 
 def _in_gap(
@@ -420,7 +430,8 @@ def _fitted(
     upsample = Upsampler()
     for k in places[:: -(-len(places) // FITTED) or 1]:
         upsample.learn(references([k * stride]), pictures([k]))
-    upsample.fit()
+    if places:
+        upsample.fit()
     return upsample
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from .guided import UNLIKE, Comparison, Reference, follow
-from .interpolate import Estimate, frame_times, in_between
+from .interpolate import Estimate, bad_frames, frame_times, in_between
 from .stride import StrideNote, strided_length, video_frames
 
 # A reference may be so much out of shape, as sizes that have to be multiples of 32 bring along.
 LEAST_STRETCH = 0.94
-# Called after every picture with how many are done and how many there will be.
-OnPicture = Callable[[int, int], None]
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +36,8 @@ def reference_for(
         if note.stride % step == 0
     }
     clips = "" if batch == 1 else f" for each of the {batch} clips, one after the other"
-    step = next((step for step, count in counts.items() if len(image) == batch * count), None)
+    # The slowest rate first: of a clip shorter than its stride several have as many frames.
+    step = next((step for step in reversed(counts) if len(image) == batch * counts[step]), None)
     if step is None:
         told = ", ".join(
             f"{count} (every {_nth(step)} frame)" for step, count in counts.items() if 1 < step < note.stride
@@ -46,7 +45,7 @@ def reference_for(
         raise ValueError(
             f"reference: expected the same clip's {counts[1]} frames{clips}{', or ' + told if told else ''}, got "
             f"{len(image)} frames. Connect all frames of the first stage, decoded before its latent was thinned: output "
-            "frames of Keyframe Stride; or disconnect it."
+            f"frames of Keyframe Stride. If the whole clip does not have {counts[1]} frames, set length. Or disconnect reference."
         )
     if step == note.stride:
         logger.info(
@@ -89,27 +88,21 @@ def followed(
         made = in_between(clip[:, :, around], times[around], at, method, estimate, device)
         return {some[place]: picture for place, picture in made}
 
+    bad = bad_frames(reference.pictures)
+    if bad:
+        logger.warning(
+            "FrameThrift: Latent Flow Interpolate: reference: frame%s %s hold%s values that are no numbers (NaN or infinite). "
+            "Frames there, and in between keyframes there, are made without it.",
+            "s"[: len(bad) > 1],
+            ", ".join(map(str, bad)),
+            "s"[: len(bad) == 1],
+        )
     comparison = Comparison()
     yield from (
         (time // reference.step, picture)
         for time, picture in follow(clip, stride, reference, wanted, blind, comparison, device)
     )
-    _tell(comparison, sum(time % stride > 0 for time in wanted))
-
-
-def gathered(
-    pictures: Iterator[tuple[int, torch.Tensor]],
-    clip: torch.Tensor,
-    count: int,
-    total: int,
-    on_picture: OnPicture,
-) -> torch.Tensor:
-    """All `count` pictures as one clip, made before the `total` frames are."""
-    out = clip.new_empty(*clip.shape[:2], count, *clip.shape[3:])
-    for place, picture in pictures:
-        out[:, :, place] = picture
-        on_picture(place + 1, count + total)
-    return out
+    _tell(comparison, len(clip) * sum(time % stride > 0 for time in wanted))
 
 
 def _tell(comparison: Comparison, missing: int) -> None:

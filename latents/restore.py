@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_management as mm
@@ -13,7 +14,7 @@ import torch
 from .cuts import MOST_OF_LATENTS
 from .guided import Reference
 from .interpolate import Estimate, bad_frames, frame_times, in_between, latent_times
-from .reference import OnPicture, followed, gathered
+from .reference import followed
 from .stride import (
     FRAMES_A_LATENT,
     LARGEST_STRIDE,
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # The longest clip, in video frames, that is asked for by hand.
 LONGEST = 16384
+# Called after every picture with how many are done and how many there will be.
+OnPicture = Callable[[int, int], None]
 
 
 def show_progress() -> OnPicture:
@@ -149,19 +152,36 @@ def restore_frames(
     out = frames.new_empty(frames.shape[0], total, *frames.shape[2:])
     clip = frames.movedim(-1, 1)
     _warn_of([k * note.stride for k in bad_frames(clip)], "video frame")
+    before = 0
     if reference is None:
         pictures = in_between(clip, times, wanted, method, estimate, device)
     else:
         pictures = followed(clip, note.stride, total, reference, method, estimate, device)
         if reference.step > 1:
-            clip = gathered(pictures, clip, -(-(total - 1) // reference.step) + 1, total, on_picture)
+            before = -(-(total - 1) // reference.step) + 1
+            clip = _gathered(pictures, clip, before, total, on_picture)
             times = frame_times(clip.shape[2], reference.step)
             pictures = in_between(clip, times, wanted, method, estimate, device)
     for place, picture in pictures:
         out[:, place] = picture.movedim(1, -1)
         if place % note.stride:
             out[:, place].clamp_(0, 1)
-        on_picture(place + 1, total)
+        on_picture(before + place + 1, before + total)
+    return out
+
+
+def _gathered(
+    pictures: Iterator[tuple[int, torch.Tensor]],
+    clip: torch.Tensor,
+    count: int,
+    total: int,
+    on_picture: OnPicture,
+) -> torch.Tensor:
+    """All `count` pictures as one clip, made before the `total` frames are."""
+    out = clip.new_empty(*clip.shape[:2], count, *clip.shape[3:])
+    for place, picture in pictures:
+        out[:, :, place] = picture
+        on_picture(place + 1, count + total)
     return out
 
 

@@ -325,3 +325,41 @@ def test_only_the_times_of_a_strided_reference_are_made(pack):
     out, comparison = follow(pack, frames, 8, small(frames)[::2], step=2)
     assert len(out) == 5 and comparison.followed == 3
     assert psnr(out[1:4], frames[2:8:2]) > 33
+
+
+def test_without_one_whole_keyframe_all_is_blind(pack):
+    """Nothing is left to fit the upsampler to, on either side."""
+    guided = pack("latents.guided")
+    generator = torch.Generator().manual_seed(4)
+    clip, reference = torch.rand(1, 3, 3, 32, 32, generator=generator), torch.rand(1, 3, 9, 16, 16, generator=generator)
+    asked = []
+
+    def blind(times):
+        asked.extend(times)
+        return {time: clip[:, :, time // 4] for time in times}
+
+    for spoil in ("clip", "reference"):
+        asked.clear()
+        bad = clip.clone(), reference.clone()
+        bad[spoil == "reference"][..., 0, 0] = torch.nan
+        comparison = guided.Comparison()
+        made = dict(guided.follow(bad[0], 4, guided.Reference(bad[1], 1), list(range(9)), blind, comparison))
+        assert len(made) == 9 and asked == [1, 2, 3, 5, 6, 7] and comparison.followed == 0
+
+
+def test_across_a_cut_no_blind_picture_is_mixed_in(pack, monkeypatch):
+    guided = pack("latents.guided")
+    generator = torch.Generator().manual_seed(5)
+    scenes = [F.interpolate(torch.rand(1, 3, 12, 12, generator=generator), size=(96, 96), mode="bicubic") for _ in (0, 1)]
+    clip = torch.stack((scenes[0], scenes[1]), dim=2).clamp(0, 1)
+    whole = torch.stack([scenes[int(time > 2)] for time in range(5)], dim=2).clamp(0, 1)
+    reference = guided.Reference(F.avg_pool3d(whole, (1, 2, 2)), 1)
+
+    def made(share):
+        monkeypatch.setattr(guided, "_blind_share", lambda rest, *_: torch.full_like(rest[:, :1], share))
+        return dict(guided.follow(clip, 4, reference, list(range(5)), lambda times: {}, guided.Comparison()))
+
+    never, always = made(0.0), made(1.0)
+    assert all(torch.equal(never[time], always[time]) for time in range(5))
+    for time in (1, 2, 3):
+        assert (never[time] - whole[:, :, time]).abs().mean() < 0.02
