@@ -37,9 +37,9 @@ from throttle import throttled
 
 from tiny_ltx.flow import load_flow
 
-guided, interpolate, methods, motion, restore, stride = (
+guided, interpolate, methods, motion, following, restore, stride = (
     importlib.import_module(f"{PACK}.latents.{name}")
-    for name in ("guided", "interpolate", "methods", "motion", "restore", "stride")
+    for name in ("guided", "interpolate", "methods", "motion", "reference", "restore", "stride")
 )
 FRAMES = 17
 GAPS = (2, 4, 8)
@@ -279,7 +279,7 @@ def measure(options: argparse.Namespace, known: set[tuple[Any, ...]]) -> Iterato
         frames, reference = material(truth, gap, damage)
         for method, row in wanted.items():
             began = time.perf_counter()
-            with mock.patch.object(restore, "_tell") as told:
+            with mock.patch.object(following, "_tell") as told:
                 out = made(method, frames, gap, reference, options.device)
             seconds = (time.perf_counter() - began) / (options.frames - 1) * gap / (gap - 1)
             row |= figures(out, truth, gap) | {"seconds": seconds}

@@ -331,7 +331,10 @@ def test_without_one_whole_keyframe_all_is_blind(pack):
     """Nothing is left to fit the upsampler to, on either side."""
     guided = pack("latents.guided")
     generator = torch.Generator().manual_seed(4)
-    clip, reference = torch.rand(1, 3, 3, 32, 32, generator=generator), torch.rand(1, 3, 9, 16, 16, generator=generator)
+    clip, reference = (
+        torch.rand(1, 3, 3, 32, 32, generator=generator),
+        torch.rand(1, 3, 9, 16, 16, generator=generator),
+    )
     asked = []
 
     def blind(times):
@@ -350,7 +353,10 @@ def test_without_one_whole_keyframe_all_is_blind(pack):
 def test_across_a_cut_no_blind_picture_is_mixed_in(pack, monkeypatch):
     guided = pack("latents.guided")
     generator = torch.Generator().manual_seed(5)
-    scenes = [F.interpolate(torch.rand(1, 3, 12, 12, generator=generator), size=(96, 96), mode="bicubic") for _ in (0, 1)]
+    scenes = [
+        F.interpolate(torch.rand(1, 3, 12, 12, generator=generator), size=(96, 96), mode="bicubic")
+        for _ in (0, 1)
+    ]
     clip = torch.stack((scenes[0], scenes[1]), dim=2).clamp(0, 1)
     whole = torch.stack([scenes[int(time > 2)] for time in range(5)], dim=2).clamp(0, 1)
     reference = guided.Reference(F.avg_pool3d(whole, (1, 2, 2)), 1)

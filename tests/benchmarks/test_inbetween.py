@@ -1,0 +1,49 @@
+"""The benchmark of in-betweening on film: its figures on made-up clips, and one row of it."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+
+@pytest.fixture(scope="module")
+def script(bench):
+    return bench("inbetween")
+
+
+def moving(frames=9, height=48, width=64):
+    """A texture that slides by two pixels a frame."""
+    generator = torch.Generator().manual_seed(1)
+    wide = F.interpolate(
+        torch.rand(1, 3, 12, 24, generator=generator), size=(height, 2 * width), mode="bicubic"
+    )
+    return torch.cat([wide[..., 2 * i : 2 * i + width] for i in range(frames)]).clamp(0, 1)
+
+
+def test_figures_know_the_answer(script):
+    clip = moving()
+    assert script.psnr(clip, (clip + 0.1)).mean() == pytest.approx(20, abs=0.01)
+    assert script.ssim(clip, clip).mean() == pytest.approx(1)
+    # Frames in between that are blurred pulse once a gap; those that are the film's do not.
+    soft = clip.clone()
+    between = [i for i in range(9) if i % 4]
+    soft[between] = script.blurred(clip, 1.5)[between]
+    same, pulsing = (script.figures(made, clip, 4) for made in (clip, soft))
+    assert same["detail"] == pytest.approx(1) and same["pulse"] == pytest.approx(0, abs=1e-6)
+    assert pulsing["detail"] < 0.8 and pulsing["pulse"] > 0.1
+
+
+def test_a_row_is_measured_as_the_node_makes_it(script, monkeypatch):
+    monkeypatch.setattr(script, "window_of", lambda *_: moving())
+    options = argparse.Namespace(
+        references=["clean"], gaps=[4], only=["Bunny, fast"], frames=9, device=torch.device("cpu")
+    )
+    rows = {row["method"]: row for row in script.measure(options, set())}
+    assert rows["guided"]["followed"] == 6 and rows["guided"]["unlike"] < 0.01
+    assert rows["guided"]["psnr"] > rows["linear"]["psnr"] + 3
+    assert not list(
+        script.measure(options, {(row["segment"], "fast", 4, "clean", m) for m, row in rows.items()})
+    )
