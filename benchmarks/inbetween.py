@@ -33,6 +33,7 @@ from runtime import PACK  # isort: split
 import av
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from throttle import throttled
 
 from tiny_ltx.flow import load_flow
@@ -328,6 +329,8 @@ def draw_sheet(report: dict[str, Any], path: Path, device: torch.device) -> None
             place.axis("off")
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=70)
+    # Photographs in true colours would be several times as large.
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def gain(report: dict[str, Any], row: dict[str, Any]) -> float | None:

@@ -278,7 +278,7 @@ def applied_to(nodes: Nodes, model: Any, family: str, frames: int, applied: list
     latent = {"samples": with_audio(family, video, audio)}
     for name, settings in applied:
         if name == "KeyframeStride":
-            model, latent, _ = nodes(name, model=model, latent=latent, frame_rate=RATE, **settings)
+            model, latent, *_ = nodes(name, model=model, latent=latent, frame_rate=RATE, **settings)
         else:
             (model,) = nodes(name, model=model, **settings)
     return model, latent

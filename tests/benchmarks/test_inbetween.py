@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -47,3 +48,27 @@ def test_a_row_is_measured_as_the_node_makes_it(script, monkeypatch):
     assert not list(
         script.measure(options, {(row["segment"], "fast", 4, "clean", m) for m, row in rows.items()})
     )
+
+
+def test_what_readme_says_of_film(script, pack):
+    report = json.loads((pack.root / "benchmarks" / "inbetween.json").read_text(encoding="utf-8"))
+    rows = [
+        row for row in report["rows"] if row["method"] == "guided" and row["reference"] not in script.WRONG
+    ]
+    gains = {(row["segment"], row["gap"], row["reference"]): script.gain(report, row) for row in rows}
+    text = (pack.root / "README.md").read_text(encoding="utf-8")
+    fast, slow = (
+        [f"{gains[segment, gap, 'clean']:.1f}" for gap in (2, 4, 8)]
+        for segment in ("Bunny, fast", "bikes, cyclist")
+    )
+    assert (
+        f"by {fast[0]}, {fast[1]} and {fast[2]} dB" in text
+        and f"by {slow[0]}, {slow[1]} and {slow[2]}," in text
+    )
+    worse = {key: found for key, found in gains.items() if found < -0.1}
+    assert (
+        list(worse) == [("bikes, parked", 2, "clean")] and -0.9 <= worse["bikes, parked", 2, "clean"] < -0.8
+    )
+    at_four = [row for row in rows if row["gap"] == 4]
+    assert len({row["segment"] for row in at_four}) == 12
+    assert 0.79 < min(row["detail"] for row in at_four) < 0.81

@@ -9,7 +9,13 @@ import pytest
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [("low_rank", "table"), ("pacing", "table"), ("pooling_error", "table"), ("routing", "tables")],
+    [
+        ("inbetween", "tables"),
+        ("low_rank", "table"),
+        ("pacing", "table"),
+        ("pooling_error", "table"),
+        ("routing", "tables"),
+    ],
 )
 def test_table_is_that_of_its_json(name, function, bench, pack):
     folder = pack.root / "benchmarks"
