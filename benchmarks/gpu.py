@@ -108,7 +108,7 @@ def prepared(model: Any, clip: ltx2.Clip, setting: Setting) -> tuple[Any, ltx2.C
     if setting.stride is None:
         return patch(PACK, model, setting.nodes), clip
     node = importlib.import_module(f"{PACK}.nodes").KeyframeStride
-    patched, latent, _ = node.execute(model, {"samples": ltx2.empty(clip, "cpu")}, setting.stride).args
+    patched, latent, *_ = node.execute(model, {"samples": ltx2.empty(clip, "cpu")}, setting.stride).args
     strided = clip.strided(setting.stride)
     assert latent["samples"].unbind()[0].shape[2:] == strided.grid
     return patched, strided

@@ -170,7 +170,7 @@ def sample_strided(
     strided_stages: dict[Hashable, Stage],
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """KeyframeStride, a sampler, LatentFlowInterpolate, and a second sampler at full length if there is one."""
-    stretched, latent, _ = (
+    stretched, latent, *_ = (
         node_class(pack, "KeyframeStride")
         .execute(model, {"samples": torch.zeros_like(noise)}, striding.stride)
         .args

@@ -120,6 +120,24 @@ def warn_of_low_rate(rate: float, stride: int) -> None:
         )
 
 
+def warn_of_tail(note: StrideNote) -> None:
+    """One line where the stride does not divide the clip, so that its last strided latent frame ends behind it."""
+    after_first = note.frames - 1
+    past = -after_first % note.stride
+    if past:
+        fewer = after_first - after_first % note.stride
+        lengths = [video_frames(frames + 1, note.frames_a_latent) for frames in (fewer, fewer + note.stride)]
+        logger.warning(
+            "FrameThrift: keyframe stride %d does not divide the %d latent frames after the first: the strided clip ends "
+            "%d video frames past the full one, and past its sound. What was thinned from a video repeats its last frame "
+            "there; Latent Flow Interpolate cuts that end off. The nearest lengths without it: %d and %d.",
+            note.stride,
+            after_first,
+            past * note.frames_a_latent,
+            *lengths,
+        )
+
+
 def audio_frames(latent: dict[str, Any]) -> int:
     """How long the sound beside the video is, in its latent frames; 0 without sound."""
     samples = latent["samples"]
@@ -184,17 +202,20 @@ def thin(
 
     An empty video stays empty; its first frame may hold an image and keeps it, with its mask. Other content has
     full-rate frames inside its latent frames: `reencode(video, thin_frames)` decodes it, lets `thin_frames` pick
-    from the frames [B, F, H, W, 3], and encodes the rest. Raises ValueError where that is not given, for guides,
-    for strides that leave no clip, and for latents of other channels than the model's. None is for what nobody tells.
+    from the frames [B, F, H, W, 3], and encodes the rest. A latent that was strided already is thinned by what is left
+    of `stride`, which always counts from the full length. Raises ValueError where `reencode` is not given, for guides,
+    for strides that leave no clip or do not go with the one there, and for latents of other channels than the model's.
+    None is for what nobody tells.
     """
-    per_latent = frames_a_latent or FRAMES_A_LATENT
-    video, mask = video_of(latent), mask_of(latent)
-    frames = video.shape[2]
+    video, mask, earlier = video_of(latent), mask_of(latent), StrideNote.read(latent)
     if channels is not None and video.shape[1] != channels:
         raise ValueError(
             f"latent: expected {channels} channels, as this model's latents have, got {video.shape[1]}. Connect the empty "
             "latent, or the VAE Encode, of the model's family."
         )
+    per_latent = frames_a_latent or FRAMES_A_LATENT
+    given = video.shape[2]
+    frames, further = (given, stride) if earlier is None else (earlier.frames, stride // earlier.stride)
     if frames == 1:
         raise ValueError(
             "latent: it has a single latent frame, so there is nothing to skip. With this stride set a length of "
@@ -206,14 +227,18 @@ def thin(
             f"frames). Set it to {frames - 1} or less, or make the clip longer: {video_frames(stride + 1, per_latent)} video "
             "frames."
         )
-    if StrideNote.read(latent) is not None:
+    if earlier is not None and stride % earlier.stride:
         raise ValueError(
-            "latent: it is strided already. Connect the full-length latent, and set the whole stride in one node."
+            f"stride: {stride} is set, but the latent was strided by {earlier.stride} already: {frames} latent frames became "
+            f"{given}. Set a multiple of {earlier.stride}, which is the whole stride against the full length, or connect the "
+            "full-length latent."
         )
     short = strided_length(frames, stride)
-    kept = (torch.arange(short) * stride).clamp(max=frames - 1)
+    kept = (torch.arange(short) * further).clamp(max=given - 1)
     filled = video[:, :, 1:].flatten(3).any(dim=3).any(dim=1).any(dim=0)
-    if not filled.any():
+    if further == 1:
+        thinned = video
+    elif not filled.any():
         thinned = video[:, :, kept]
     elif has_guides(mask):
         raise ValueError(
@@ -231,8 +256,8 @@ def thin(
             "Connect vae, so that it is decoded, thinned and encoded again, or connect an empty latent."
         )
     else:
-        low, full = (video_frames(length, per_latent) for length in (short, frames))
-        picked = (torch.arange(low) * stride).clamp(max=full - 1)
+        low, full = (video_frames(length, per_latent) for length in (short, given))
+        picked = (torch.arange(low) * further).clamp(max=full - 1)
         thinned = reencode(video, lambda pixels: pixels[:, picked.to(pixels.device)])
         if thinned.shape[2] != short:
             raise ValueError(

@@ -13,6 +13,7 @@ from ..latents.stride import (
     thin,
     video_of,
     warn_of_low_rate,
+    warn_of_tail,
 )
 from ..patches import layouts
 from ..patches.mount import mount, plan_of
@@ -43,9 +44,9 @@ class KeyframeStride(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     tooltip=(
-                        "The full-length video or audio-video latent. Audio keeps its length. Add guides and generated "
-                        "keyframes after this node, with frame numbers of the low frame rate. A sampler that makes its own "
-                        "latent is given the low length by hand."
+                        "The full-length video or audio-video latent, or one that this node has strided before. Audio keeps "
+                        "its length. Add guides and generated keyframes after this node, with frame numbers of the low frame "
+                        "rate. A sampler that makes its own latent is given the low length by hand."
                     ),
                 ),
                 field(
@@ -53,7 +54,8 @@ class KeyframeStride(io.ComfyNode):
                     "stride",
                     (
                         "One frame in so many is diffused. 2 halves the cost; larger saves more and leaves more of "
-                        "the motion to the in-betweening. 1 changes nothing."
+                        "the motion to the in-betweening. 1 changes nothing. It counts from the full length: on a latent "
+                        "of stride 2, 4 leaves every other frame."
                     ),
                 ),
                 field(
@@ -80,6 +82,14 @@ class KeyframeStride(io.ComfyNode):
                         "for the conditioning, which keeps the full rate."
                     ),
                 ),
+                io.Image.Output(
+                    display_name="frames",
+                    tooltip=(
+                        "The video that was decoded, all its frames from before thinning: between two stages the reference of "
+                        "Latent Flow Interpolate. Nothing for an empty latent and at stride 1; a reference then counts as "
+                        "not connected."
+                    ),
+                ),
             ],
         )
 
@@ -93,7 +103,7 @@ class KeyframeStride(io.ComfyNode):
             refuse_strided(latent)
             if any(isinstance(entry, StretchedTimes) for entry in plan_of(model)):
                 model = mount(model, StretchedTimes(0, 0, stride=1))
-            return io.NodeOutput(model, latent, shown)
+            return io.NodeOutput(model, latent, shown, None)
         inner = getattr(model, "model", None)
         diffusion_model = getattr(inner, "diffusion_model", None)
         if not layouts.knows(diffusion_model):
@@ -105,13 +115,18 @@ class KeyframeStride(io.ComfyNode):
         told = layouts.frames_a_latent(diffusion_model)
         frames_a_latent = told or pixels.frames_a_latent(vae, video_of(latent))
 
+        frames: Any = None
+
         def reencode(video: Any, thin_frames: Any) -> Any:
-            return pixels.encode(vae, thin_frames(pixels.decode(vae, video, frames_a_latent)))
+            nonlocal frames
+            frames = pixels.decode(vae, video, frames_a_latent)
+            return pixels.encode(vae, thin_frames(frames))
 
         channels = getattr(getattr(inner, "latent_format", None), "latent_channels", None)
         thinned = thin(latent, stride, None if vae is None else reencode, channels, frames_a_latent)
         note = StrideNote.read(thinned)
         assert note is not None
         warn_of_low_rate(low, stride)
+        warn_of_tail(note)
         patched = mount(model, StretchedTimes(note.frames, note.strided_frames, stride, frame_rate))
-        return io.NodeOutput(patched, thinned, shown)
+        return io.NodeOutput(patched, thinned, shown, None if frames is None else frames.flatten(0, 1))

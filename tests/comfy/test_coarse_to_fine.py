@@ -46,7 +46,7 @@ def test_both_stages_are_stock_at_their_own_rate(family, is_finished, pack):
         samples = comfy.nested_tensor.NestedTensor([video, *zeros[1:]]) if zeros[1:] else video
         return {"samples": samples}
 
-    ours, strided, _ = nodes.KeyframeStride.execute(model, latent_of(zeros[0]), 2, 24.0).args
+    ours, strided, *_ = nodes.KeyframeStride.execute(model, latent_of(zeros[0]), 2, 24.0).args
     first = SIGMAS if is_finished else SIGMAS[: SWITCH + 1]
     second = SIGMAS[SWITCH:]
     output, denoised = sampled(ours, family, 24.0, strided, first, 1)

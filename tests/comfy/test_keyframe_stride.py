@@ -41,7 +41,7 @@ def at_rate(family, rate, **values):
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
 def test_it_is_the_stock_graph_at_the_low_rate(node, last, family, stride, frames, cfg):
     model, noise = build_model(family), noise_like(family, SHAPE)
-    ours, latent, low = node.execute(model, {"samples": zeros_like(noise)}, stride, 24.0).args
+    ours, latent, low, _ = node.execute(model, {"samples": zeros_like(noise)}, stride, 24.0).args
     video = latent["samples"].unbind()[0] if noise.is_nested else latent["samples"]
     assert video.shape[2] == frames and low == 24.0 / stride
     short = shortened(noise, frames)
@@ -73,7 +73,7 @@ def test_another_length_is_left_alone_and_warned_about(node, last, caplog):
 def test_guides_land_on_the_right_second(node, last, stride):
     """A guide put on the low-rate clip at its middle, seen from inside the model: seconds of every token."""
     model = build_model()
-    ours, latent, _ = node.execute(model, {"samples": torch.zeros(1, 128, *SHAPE)}, stride, 24.0).args
+    ours, latent, *_ = node.execute(model, {"samples": torch.zeros(1, 128, *SHAPE)}, stride, 24.0).args
     frames, (height, width) = latent["samples"].shape[2], SHAPE[1:]
     middle = 32 // stride
     y, x = torch.meshgrid(torch.arange(height) * 32.0, torch.arange(width) * 32.0, indexing="ij")
@@ -112,7 +112,7 @@ def test_guides_land_on_the_right_second(node, last, stride):
 def test_context_windows_of_the_strided_clip_are_stretched(node, last):
     context_windows = pytest.importorskip("comfy.context_windows")
     model = build_model()
-    ours, latent, _ = node.execute(model, {"samples": torch.zeros(1, 128, 17, 2, 3)}, 2, 24.0).args
+    ours, latent, *_ = node.execute(model, {"samples": torch.zeros(1, 128, 17, 2, 3)}, 2, 24.0).args
     frames = latent["samples"].shape[2]
 
     def windowed(patcher):
@@ -185,7 +185,7 @@ def test_models_and_latents_of_another_family_are_refused_by_name(node):
 
 def test_stride_1_does_not_keep_a_short_latent(node):
     """It would take the stretched times off and leave half the frames."""
-    ours, latent, _ = node.execute(build_model(), {"samples": torch.zeros(1, 128, *SHAPE)}, 2, 24.0).args
+    ours, latent, *_ = node.execute(build_model(), {"samples": torch.zeros(1, 128, *SHAPE)}, 2, 24.0).args
     with pytest.raises(ValueError, match=r"^stride: 1 is the full length.*5 latent frames instead of 9"):
         node.execute(ours, latent, 1, 24.0)
 
@@ -200,7 +200,7 @@ def test_stride_1_takes_an_earlier_stride_off(node, pack):
 @pytest.mark.parametrize(("told", "is_news"), [(24.0, False), (0.0, False), (48.0, True)])
 def test_two_frame_rates_that_do_not_agree_are_warned_about_once(node, last, caplog, told, is_news):
     """As when the low rate is wired into the conditioning: times would be stretched twice."""
-    ours, latent, _ = node.execute(build_model(), {"samples": torch.zeros(1, 128, *SHAPE)}, 2, told).args
+    ours, latent, *_ = node.execute(build_model(), {"samples": torch.zeros(1, 128, *SHAPE)}, 2, told).args
     noise = noise_like(shape=(latent["samples"].shape[2], 2, 3))
     sample(ours, noise=noise, **at_rate("ltxv", 24.0))
     assert caplog.text.count("the model is told 24 frames a second") == is_news and last(ours)["taken"]
@@ -208,7 +208,7 @@ def test_two_frame_rates_that_do_not_agree_are_warned_about_once(node, last, cap
 
 def test_a_clip_beyond_the_models_seconds_is_warned_about_once(node, caplog):
     model = build_model()
-    ours, latent, _ = node.execute(model, {"samples": torch.zeros(1, 128, *SHAPE)}, 4).args
+    ours, latent, *_ = node.execute(model, {"samples": torch.zeros(1, 128, *SHAPE)}, 4).args
     noise = noise_like(shape=(latent["samples"].shape[2], 2, 3))
     sample(ours, noise=noise, **at_rate("ltxv", 24.0))
     assert "20 s" not in caplog.text
@@ -257,7 +257,7 @@ def test_a_guide_added_by_core_behind_it(guide_frames, node, last, tiny, pack):
     frames = torch.rand(2 * guide_frames - 1, 64, 96, 3, generator=torch.Generator().manual_seed(5))
     image = pack("nodes.thin_guide").ThriftThinGuide.execute(frames, 2).args[0]
     assert torch.equal(image, frames[torch.arange(guide_frames) * 2])
-    ours, latent, _ = node.execute(model, {"samples": clip}, 2, 24.0).args
+    ours, latent, *_ = node.execute(model, {"samples": clip}, 2, 24.0).args
 
     def sampled(patched, rate, samples):
         conds = at_rate("ltxv", rate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import comfy.nested_tensor
 import pytest
 import torch
@@ -177,9 +179,97 @@ def test_a_length_that_an_error_advises_works(stride):
         assert stride.thin(empty(step + 1), step)["samples"].shape[2] == 2
 
 
-def test_a_strided_latent_is_not_strided_again(stride):
-    with pytest.raises(ValueError, match="strided already"):
-        stride.thin(stride.thin(empty(), 2), 2)
+@given(st.integers(3, 200), st.sampled_from([(2, 4), (2, 6), (2, 8), (4, 8), (3, 6), (1, 5), (4, 4)]))
+def test_a_clip_that_is_thinned_twice_is_as_long_as_one_thinned_at_once(pack, frames, strides):
+    length, (made, stride) = pack("latents.stride").strided_length, strides
+    assert length(length(frames, made), stride // made) == length(frames, stride)
+
+
+@pytest.mark.parametrize("frames", [9, 16, 17])
+@pytest.mark.parametrize(("made", "whole"), [(2, 4), (2, 8), (4, 8), (3, 6)])
+def test_a_strided_latent_is_thinned_further(stride, restore, frames, made, whole):
+    """The whole stride against the full length; an empty clip with an image is the same either way."""
+    latent = empty(frames, batch=2)
+    latent["samples"][:, :, 0] = torch.randn(2, 128, 2, 3)
+    mask = torch.ones(2, 1, frames, 1, 1)
+    mask[:, :, 0] = 0.3
+    latent["noise_mask"] = mask
+    once, twice = stride.thin(latent, whole), stride.thin(stride.thin(latent, made), whole)
+    assert once.keys() == twice.keys() and once[stride.NOTE] == twice[stride.NOTE]
+    assert twice[stride.NOTE]["stride"] == whole and twice[stride.NOTE]["frames"] == frames
+    for key in ("samples", "noise_mask"):
+        assert torch.equal(once[key], twice[key])
+    assert restore.note_for(twice, whole, stride.video_frames(frames)).frames == frames
+
+
+@pytest.mark.parametrize(
+    ("made", "whole", "frames", "kept"),
+    [(2, 4, 9, list(range(0, 33, 2))), (2, 8, 17, list(range(0, 65, 4))),
+     # Sixteen latent frames, nine at stride 2 and five at 4: what was sampled past the end is used.
+     (2, 4, 16, list(range(0, 65, 2))),
+     # Six latent frames, four at stride 2: where the strided clip itself ends, its last frame stands still.
+     (2, 4, 6, [*range(0, 25, 2), 24, 24, 24, 24])],
+)  # fmt: skip
+def test_a_strided_video_is_thinned_by_what_is_left(stride, made, whole, frames, kept):
+    short, seen = stride.strided_length(frames, made), []
+
+    def reencode(video, thin_frames):
+        assert video.shape[2] == short
+        numbers = torch.arange(stride.video_frames(short))
+        seen.extend(thin_frames(numbers.view(1, -1, 1, 1, 1)).flatten().tolist())
+        return torch.ones(1, 128, stride.strided_length(frames, whole), 2, 3)
+
+    video = {"samples": torch.ones(1, 128, short, 2, 3)}
+    noted = stride.StrideNote(made, frames, short).write(video)
+    assert stride.thin(noted, whole, reencode)[stride.NOTE]["frames"] == frames
+    assert seen == kept
+
+
+def test_the_stride_that_a_latent_has_hands_it_on(stride):
+    def never(*_):
+        raise AssertionError
+
+    noted = stride.StrideNote(2, 9, 5).write({"samples": torch.randn(1, 128, 5, 2, 3)})
+    assert stride.thin(noted, 2, never)["samples"] is noted["samples"]
+    assert stride.thin(noted, 2)[stride.NOTE] == noted[stride.NOTE]
+
+
+@pytest.mark.parametrize(("made", "whole"), [(2, 3), (4, 6), (4, 2)])
+def test_a_stride_that_the_one_there_does_not_divide_is_an_error_that_names_both(stride, made, whole):
+    with pytest.raises(
+        ValueError,
+        match=rf"^stride: {whole} is set, but the latent was strided by {made} already.*multiple of {made}",
+    ):
+        stride.thin(stride.thin(empty(17), made), whole)
+
+
+def test_a_stride_beyond_the_full_length_is_an_error_for_a_strided_latent_too(stride):
+    with pytest.raises(ValueError, match=r"^stride: 8 is too large for 8 latent frames \(57 video frames\)"):
+        stride.thin(stride.thin(empty(8), 2), 8)
+
+
+@pytest.mark.parametrize(
+    ("frames", "step", "words"),
+    [
+        (16, 2, r"15 latent frames after the first.* 8 video frames past.*: 113 and 129"),
+        (16, 4, r"8 video frames past.*: 97 and 129"),
+        (16, 8, r"8 video frames past.*: 65 and 129"),
+        (18, 8, r"56 video frames past.*: 129 and 193"),
+        (4, 2, r"8 video frames past.*: 17 and 33"),
+        (17, 2, None), (17, 8, None), (33, 8, None), (16, 5, None), (9, 1, None),
+    ],
+)  # fmt: skip
+def test_a_clip_that_ends_within_a_latent_frame_is_warned_about_once(stride, caplog, frames, step, words):
+    stride.warn_of_tail(stride.StrideNote(step, frames, stride.strided_length(frames, step)))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (words is not None)
+    if words is not None:
+        assert re.search(words, lines[0]) and "\n" not in lines[0]
+
+
+def test_the_lengths_that_the_warning_names_are_counted_as_the_vae_counts(stride, caplog):
+    stride.warn_of_tail(stride.StrideNote(2, 16, 9, frames_a_latent=4))
+    assert "4 video frames past" in caplog.text and "57 and 65" in caplog.text
 
 
 def test_latents_of_another_family_are_refused(stride):
