@@ -200,16 +200,19 @@ class Spent:
         self.note_peak()
         self.open.append(Part())
         begun = time.perf_counter()
-        yield
-        if self.is_cuda:
-            torch.cuda.synchronize()
-        took = time.perf_counter() - begun
-        self.note_peak()
-        part = self.open.pop()
-        self.seconds[name] = self.seconds.get(name, 0.0) + took - part.inner
-        self.peaks[name] = max(self.peaks.get(name, 0), part.peak)
-        if self.open:
-            self.open[-1].inner += took
+        try:
+            yield
+        finally:
+            # What fails counts as well: another attempt may follow.
+            if self.is_cuda:
+                torch.cuda.synchronize()
+            took = time.perf_counter() - begun
+            self.note_peak()
+            part = self.open.pop()
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - part.inner
+            self.peaks[name] = max(self.peaks.get(name, 0), part.peak)
+            if self.open:
+                self.open[-1].inner += took
 
     def note_peak(self) -> None:
         """What the GPU held at most since the last call goes to the part that is open."""
@@ -232,6 +235,7 @@ class Recipes:
         self.vae.decode, self.vae.encode = self.around(self.vae.decode), self.around(self.vae.encode)
         nodes = importlib.import_module(f"{PACK}.nodes")
         self.stride, self.fill = nodes.KeyframeStride.execute, nodes.LatentFlowInterpolate.execute
+        self.plan_of = importlib.import_module(f"{PACK}.patches.mount").plan_of
         self.spent = Spent(device == "cuda")
         self.first_steps: int | None = None
         self.first_stages: dict[tuple[ltx2.Clip, int], tuple[Any, Spent]] = {}
@@ -284,6 +288,8 @@ class Recipes:
                 disable_pbar=True,
                 seed=0,
             )
+        if self.plan_of(model):
+            check_it_acts(part, model)
         self.spent.seconds[part] = before + (self.spent.seconds[part] - before) * steps / ran
         self.is_finite = all(bool(part.isfinite().all()) for part in samples.unbind())
         return {**latent, "samples": samples}
@@ -306,8 +312,8 @@ class Recipes:
             made = self.sample("stage 1", model, latent, SIGMAS, self.first_steps)
             self.first_stages[clip, stride] = made, self.spent
         latent, spent = self.first_stages[clip, stride]
-        for own, earlier in ((self.spent.seconds, spent.seconds), (self.spent.peaks, spent.peaks)):
-            own["stage 1"] = earlier["stage 1"]
+        self.spent.seconds["stage 1"] = spent.seconds["stage 1"]
+        self.spent.peaks["stage 1"] = spent.peaks["stage 1"]
         return latent
 
     def two_stage(self, clip: ltx2.Clip, recipe: TwoStage) -> Any:
@@ -328,7 +334,6 @@ class Recipes:
         if recipe.refined:
             model = patch(PACK, model, ROUTED_NODES if recipe.routed else [])
             latent = self.sample("stage 2", model, latent, SECOND_SIGMAS)
-            check_it_acts(recipe.name, model)
             video = LTXVSeparateAVLatent.execute(latent).args[0]
         if recipe.second > 1:
             return self.restore(video, recipe.second, reference=reference, encode=False)[1]
@@ -340,8 +345,6 @@ class Recipes:
     def dense(self, clip: ltx2.Clip, nodes: Any = (), most: int | None = None) -> Any:
         model = patch(PACK, self.model, nodes)
         latent = self.sample("sampling", model, {"samples": ltx2.empty(clip, "cpu")}, SIGMAS, most)
-        if nodes:
-            check_it_acts(str(nodes), model)
         return self.vae.decode(latent["samples"].unbind()[0])
 
     def strided(self, clip: ltx2.Clip, stride: int, method: str) -> Any:
