@@ -174,7 +174,7 @@ def test_reports_of_several_processes_become_one(report):
         made(
             report,
             two_stage=[late, row_of("stride 8", 9.0, 5, 41.0)],
-            left_out=["8 multiprocessors, 121 f 1280×704, dense"],
+            left_out=["8 multiprocessors, 121 f 1280×704, dense: OutOfMemoryError: none left"],
         ),
         made(
             report,
