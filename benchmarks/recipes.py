@@ -491,30 +491,37 @@ def main() -> None:
     }
     recipes = Recipes(options.device, 1 if options.small else options.blocks, options.small)
     recipes.first_steps = options.first_steps
+
+    def attempt(job: Job) -> dict[str, Any] | None:
+        """One recipe that fails, such as a routed one without its kernel, leaves the others their turn."""
+        try:
+            return {"ground": options.ground, **measure(job, recipes)}
+        except Exception as error:
+            report["left_out"].append(f"{name_of(job)}: {type(error).__name__}: {error}")
+            print(report["left_out"][-1], flush=True)
+            return None
+
+    def name_of(job: Job) -> str:
+        return ", ".join((options.ground, job.clip.name, job.name))
+
     with standing(options.ground, recipes) as process["streams_ms"], torch.inference_mode():
         print(f"milliseconds of a matrix product: {process['streams_ms']}", flush=True)
         warm_up = TwoStage("warm-up", first=2, second=4)
-        measure(Job(TWO, SMALL_CLIP, "warm-up", 0, lambda own: own.two_stage(SMALL_CLIP, warm_up)), recipes)
+        attempt(Job(TWO, SMALL_CLIP, warm_up.name, 0, lambda own: own.two_stage(SMALL_CLIP, warm_up)))
         recipes.first_stages.clear()
         process["set_up_seconds"] = time.monotonic() - begun
         for job in jobs_of(options):
-            name = ", ".join((options.ground, job.clip.name, job.name))
             if time.monotonic() - begun > options.seconds:
-                report["left_out"].append(name)
+                report["left_out"].append(name_of(job))
                 continue
-            try:
-                row = {"ground": options.ground, **measure(job, recipes)}
-            except Exception as error:
-                # One recipe that fails, such as a routed one without its kernel, leaves the others their turn.
-                report["left_out"].append(f"{name}: {type(error).__name__}: {error}")
-                print(report["left_out"][-1], flush=True)
-                continue
-            report[job.part].append(row)
-            print(row, flush=True)
+            row = attempt(job)
+            if row is not None:
+                report[job.part].append(row)
+                print(row, flush=True)
             options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    report = merged([report])
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(write_tables(report, options.out))
+        report = merged([report])
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(write_tables(report, options.out), flush=True)
 
 
 if __name__ == "__main__":

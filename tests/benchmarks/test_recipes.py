@@ -14,7 +14,6 @@ import torch
 
 @pytest.fixture(scope="module")
 def recipes(bench):
-    pytest.importorskip("comfy_extras.nodes_lt_upsampler", reason="a release without the latent upsampler")
     return bench("recipes")
 
 
