@@ -95,6 +95,12 @@ MUTANTS = [
         ("tests/comfy/test_keyframe_stride.py::test_it_is_the_stock_graph_at_the_low_rate",),
     ),
     Mutant(
+        "strided latents thinned by the whole stride",
+        "stride // earlier.stride",
+        "stride",
+        ("tests/latents/test_stride.py::test_a_strided_latent_is_thinned_further",),
+    ),
+    Mutant(
         "attention of the checkpoint left out",
         "= own or func",
         "= func",

@@ -200,13 +200,13 @@ def test_unknown_model_runs_unharmed_and_the_log_says_why(server: Any, new_log: 
 
 NODES = {
     "KeyframeStride": (
-        ["MODEL", "LATENT", "FLOAT"],
+        ["MODEL", "LATENT", "FLOAT", "IMAGE"],
         ["model", "latent", "stride", "frame_rate", "vae"],
         set(),
     ),
     "LatentFlowInterpolate": (
         ["LATENT", "IMAGE"],
-        ["latent", "method", "vae", "optical_flow", "encode", "stride", "length"],
+        ["latent", "method", "vae", "optical_flow", "encode", "stride", "length", "reference"],
         {"stride", "length"},
     ),
     "ScheduleSpatialFreeze": (

@@ -50,7 +50,7 @@ def _widgets(info: dict[str, Any], values: list[Any], prefix: str = "") -> Itera
     for group in ("required", "optional"):
         for name, spec in specs.get(group, {}).items():
             kind, options = spec[0], spec[1] if len(spec) > 1 else {}
-            is_widget = isinstance(kind, list) or kind in WIDGET_TYPES
+            is_widget = isinstance(kind, list) or kind in WIDGET_TYPES or "widgetType" in options
             if not is_widget or options.get("forceInput") or not values:
                 continue
             value = values.pop(0)

@@ -81,6 +81,7 @@ class ThriftOddSound(io.ComfyNode):
         return io.Schema(
             node_id="ThriftOddSound",
             category="FrameThrift/test",
+            inputs=[io.String.Input("form")],
             outputs=[
                 io.Model.Output(),
                 io.Conditioning.Output(),
@@ -90,30 +91,35 @@ class ThriftOddSound(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        text = [tiny_models.conditioning("ltxav", seed=seed) for seed in (1, 7)]
-        return io.NodeOutput(tiny_models.build_model("ltxav"), *text, {"samples": torch.zeros(1, 8, 101, 16)})
+    def execute(cls, form: str) -> io.NodeOutput:
+        # Releases that do not know LTX-2.5's settings would ignore them.
+        form = form if form in tiny_models.FORMS else "ltx-2.3"
+        text = [tiny_models.conditioning(form, seed=seed) for seed in (1, 7)]
+        return io.NodeOutput(tiny_models.build_model(form), *text, {"samples": torch.zeros(1, 8, 101, 16)})
 
 
 class ThriftOddUpscaler(io.ComfyNode):
-    """The makers' latent upsampler, the temporal one."""
+    """The makers' latent upsampler, in space or in time."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ThriftOddUpscaler", category="FrameThrift/test", outputs=[io.LatentUpscaleModel.Output()]
+            node_id="ThriftOddUpscaler",
+            category="FrameThrift/test",
+            inputs=[io.Boolean.Input("is_temporal")],
+            outputs=[io.LatentUpscaleModel.Output()],
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
+    def execute(cls, is_temporal: bool) -> io.NodeOutput:
         model = comfy.ldm.lightricks.latent_upsampler.LatentUpsampler.from_config(
             {
                 "in_channels": 128,
                 "dims": 3,
                 "mid_channels": 32,
                 "num_blocks_per_stage": 1,
-                "spatial_upsample": False,
-                "temporal_upsample": True,
+                "spatial_upsample": not is_temporal,
+                "temporal_upsample": is_temporal,
             },
             operations=comfy.ops.disable_weight_init,
         )
