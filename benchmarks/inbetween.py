@@ -306,7 +306,7 @@ def draw_sheet(report: dict[str, Any], path: Path, device: torch.device) -> None
     )
     lowest = sorted((row for row in ours if row["reference"] != CLEAN), key=lambda row: row["psnr"])
     chosen: dict[str, dict[str, Any]] = {}
-    for row in itertools.chain(*zip(clean, gains, lowest)):  # noqa: B905, the shortest is long enough
+    for row in itertools.chain(*zip(clean, gains, lowest, strict=False)):
         chosen.setdefault(f"{row['segment']} {row['reference'] == CLEAN}", row)
     rows = list(chosen.values())[:10]
     names = ("film", "motion", "reference alone", "along the reference", "its error × 4")

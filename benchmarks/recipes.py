@@ -400,12 +400,11 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
         for order, recipe in enumerate(TWO_STAGE):
             if options.ground == STREAMED and recipe.name not in ON_STREAMED and not options.only:
                 continue
-            run = lambda recipes, clip=clip, recipe=recipe: recipes.two_stage(clip, recipe)  # noqa: E731
+            run = functools.partial(Recipes.two_stage, clip=clip, recipe=recipe)
             out.append(Job(TWO, clip, recipe.name, order, run))
     for clip in clips(SINGLE_CLIPS, (97,)) if "single" in options.parts else ():
         for order, (name, method) in enumerate(SINGLE_STAGE.items()):
-            run = lambda recipes, clip=clip, method=method: method(recipes, clip)  # noqa: E731
-            out.append(Job(SINGLE, clip, name, order, run))
+            out.append(Job(SINGLE, clip, name, order, functools.partial(method, clip=clip)))
     return [job for job in out if not options.only or job.name in options.only]
 
 

@@ -40,6 +40,18 @@ def record(pack) -> Callable[[Any], dict[str, Any]]:
     return lambda model: journal_of(model).records()[-1]["techniques"]["spatial freeze"]
 
 
+@pytest.fixture(scope="session")
+def stride(pack) -> Callable[..., Any]:
+    """KeyframeStride's outputs."""
+    return pack("nodes.keyframe_stride").KeyframeStride.execute
+
+
+@pytest.fixture(scope="session")
+def interpolate(pack) -> Callable[..., Any]:
+    """LatentFlowInterpolate's outputs."""
+    return pack("nodes.latent_flow_interpolate").LatentFlowInterpolate.execute
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """Imports a module of the test model."""

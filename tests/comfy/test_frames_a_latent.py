@@ -23,16 +23,6 @@ def model():
     return model
 
 
-@pytest.fixture
-def stride(pack):
-    return pack("nodes.keyframe_stride").KeyframeStride.execute
-
-
-@pytest.fixture
-def interpolate(pack):
-    return pack("nodes.latent_flow_interpolate").LatentFlowInterpolate.execute
-
-
 def test_a_clip_goes_and_comes_back(model, stride, interpolate):
     vae = Regroups(4)
     latent = {"samples": vae.encode(rising(33))}

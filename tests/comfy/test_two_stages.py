@@ -24,16 +24,6 @@ def core():
 
 
 @pytest.fixture
-def stride(pack):
-    return pack("nodes.keyframe_stride").KeyframeStride.execute
-
-
-@pytest.fixture
-def fill(pack):
-    return pack("nodes.latent_flow_interpolate").LatentFlowInterpolate.execute
-
-
-@pytest.fixture
 def last(pack):
     journal_of = pack("patches.mount").journal_of
     return lambda model: journal_of(model).records()[-1]["techniques"]["keyframe stride"]
@@ -120,7 +110,9 @@ def picture():
 
 
 @pytest.mark.parametrize(("by", "first", "has_image"), [(2, 1, False), (4, 1, True), (4, 2, True)])
-def test_text_and_image(core, stride, fill, last, vae, model, upscale, picture, by, first, has_image, caplog):
+def test_text_and_image(
+    core, stride, interpolate, last, vae, model, upscale, picture, by, first, has_image, caplog
+):
     """The second stage is stock's at the low rate, bit for bit, and the sound hands the note past the image."""
     caplog.set_level(logging.INFO)
     positive, negative = conds()
@@ -152,7 +144,7 @@ def test_text_and_image(core, stride, fill, last, vae, model, upscale, picture, 
     if has_image:
         assert torch.allclose(final["samples"][:, :, :1], vae.encode(picture), atol=1e-4)
     images, blind = (
-        fill(final, "linear", vae=vae, encode=False, reference=reference).args[1]
+        interpolate(final, "linear", vae=vae, encode=False, reference=reference).args[1]
         for reference in (frames, None)
     )
     assert images.shape == (33, 128, 192, 3) and torch.isfinite(images).all()
@@ -161,7 +153,7 @@ def test_text_and_image(core, stride, fill, last, vae, model, upscale, picture, 
 
 
 @pytest.mark.parametrize(("frames", "by", "first"), [(5, 2, 1), (6, 4, 1), (6, 4, 2)])
-def test_with_guides(core, stride, fill, last, vae, model, upscale, picture, frames, by, first):
+def test_with_guides(core, stride, interpolate, last, vae, model, upscale, picture, frames, by, first):
     """Conditioning from before the first stage, the last image at the strided frame of the real end."""
     base, end = conds(), 8 * (frames - 1)
 
@@ -201,7 +193,9 @@ def test_with_guides(core, stride, fill, last, vae, model, upscale, picture, fra
     final = apart(core, result)[0]
     final = core.LTXVCropGuides.execute(positive, negative, final).args[2]
     assert final["samples"].shape[2] == short
-    images = fill(final, "linear", vae=vae, encode=False, stride=by, length=end + 1, reference=reference)
+    images = interpolate(
+        final, "linear", vae=vae, encode=False, stride=by, length=end + 1, reference=reference
+    )
     assert images.args[1].shape[0] == end + 1
 
 
