@@ -72,3 +72,12 @@ def test_what_readme_says_of_film(script, pack):
     at_four = [row for row in rows if row["gap"] == 4]
     assert len({row["segment"] for row in at_four}) == 12
     assert 0.79 < min(row["detail"] for row in at_four) < 0.81
+    every = [row for row in report["rows"] if row["method"] == "guided"]
+    unlike = {
+        kind: [row["unlike"] for row in every if row["reference"] in kind]
+        for kind in (("another clip",), tuple(set(script.DAMAGES) - set(script.WRONG)))
+    }
+    other, damaged = unlike.values()
+    assert len(other) == 12 and min(other) > 2.4 and 0.25 < max(damaged) < 0.3
+    late = [row for row in every if row["reference"] == "two frames late"]
+    assert -2.6 <= min(script.gain(report, row) for row in late if row["followed"]) < -2.5
