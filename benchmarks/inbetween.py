@@ -288,7 +288,7 @@ def measure(options: argparse.Namespace, known: set[tuple[Any, ...]]) -> Iterato
                 comparison = told.call_args.args[0]
                 row["shift"] = max(comparison.shifts.values(), default=0.0)
                 row["unlike"] = max(comparison.unlike.values(), default=0.0)
-                row["followed"] = comparison.followed
+                row |= {"lag": comparison.lag, "late": comparison.late, "followed": comparison.followed}
             yield row
 
 
@@ -427,6 +427,28 @@ def tables(report: dict[str, Any]) -> str:
                 cells.append(f"{more:+.1f} ({ours['detail']:.2f})" if ours and more is not None else "")
             if any(cells):
                 out.append(f"| {name} | " + " | ".join(cells) + " |")
+        out.append("")
+    ours = [row for row in rows if row["method"] == GUIDED]
+    if any("lag" in row for row in ours):
+        out += [
+            "what tells of a reference that shows something else: the share of a keyframe's contrast that it leaves, and how many "
+            "times less of them its pictures would leave at other times; least to most of all windows and gaps",
+            "",
+        ]
+        out += [
+            "| reference | contrast left | times less | windows made blindly | the worst over blind |",
+            "|---" * 5 + "|",
+        ]
+        for damage in damages:
+            some = [row for row in ours if row["reference"] == damage and "lag" in row]
+            if some:
+                spans = [
+                    f"{min(row[name] for row in some):.2f} to {max(row[name] for row in some):.2f}"
+                    for name in ("unlike", "lag")
+                ]
+                worst = min(gain(report, row) or 0.0 for row in some)
+                blindly = sum(not row["followed"] for row in some)
+                out.append(f"| {damage} | {' | '.join(spans)} | {blindly} of {len(some)} | {worst:+.1f} |")
         out.append("")
     if report.get("speed"):
         out += ["seconds a missing frame", ""]

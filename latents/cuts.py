@@ -7,7 +7,8 @@ Changes of light, faint pictures and things that move over a background are no c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,31 +56,44 @@ class Cuts:
         self._cuts: dict[int, torch.Tensor] = {}
 
     def after(self, places: list[int]) -> list[torch.Tensor]:
-        """For each place whether the clip is cut between that frame and the next one [B]."""
+        """For each place whether the clip is cut between that frame and the next one [B], on the CPU."""
         around = sorted({k + d for k in places for d in (-1, 0, 1) if 0 <= k + d < self._count})
         news = [k for k in around if k not in self._left]
-        for some in (news[i : i + self._at_once] for i in range(0, len(news), self._at_once)):
+        for some in self._pieces(news):
             left = unexplained(*self._pairs(some))
-            self._left |= dict(zip(some, left.cpu().view(len(some), -1), strict=True))
-        for k in places:
-            if k not in self._cuts:
-                self._cuts[k] = self._is_cut(k)
+            self._left |= dict(zip(some, left.view(len(some), -1), strict=True))
+        undecided = sorted({k for k in places if k not in self._cuts})
+        if undecided:
+            self._cuts |= dict(zip(undecided, self._are_cuts(undecided), strict=True))
         return [self._cuts[k] for k in places]
 
-    def _is_cut(self, place: int) -> torch.Tensor:
-        left = self._left[place]
-        beside = [self._left[k] for k in (place - 1, place + 1) if k in self._left]
-        usual = torch.stack(beside).amax(dim=0) if beside else torch.full_like(left, MOST)
-        found = left > (OF_BESIDE * usual).clamp(LEAST, self._most)
-        if found.any():
-            a, b = self._pairs([place])
-            for item in found.nonzero().flatten().tolist():
-                one, other = a[item : item + 1], b[item : item + 1]
-                # Stripes and other fine textures tell of a pan only as a whole.
-                found[item] = _is_another(one, other, by_motion, float(left[item])) and _is_another(
-                    one, other, by_pan, float(unexplained(one, other, by_pan))
-                )
+    def _pieces(self, places: list[int]) -> Iterator[list[int]]:
+        return (places[i : i + self._at_once] for i in range(0, len(places), self._at_once))
+
+    def _are_cuts(self, places: list[int]) -> torch.Tensor:
+        """[len(places), B]"""
+        left = torch.stack([self._left[k] for k in places])
+        usual = torch.stack([self._usual(k) for k in places])
+        # One look at the device for all of them.
+        found = (left > (OF_BESIDE * usual).clamp(LEAST, self._most)).cpu()
+        rows = dict(zip(places, range(len(places)), strict=True))
+        for some in self._pieces([k for k in places if found[rows[k]].any()]):
+            where = [rows[k] for k in some]
+            asked = found[where].flatten().nonzero().flatten().to(left.device)
+            a, b = (pictures[asked] for pictures in self._pairs(some))
+            # Stripes and other fine textures tell of a pan only as a whole.
+            is_cut = _is_another(a, b, unexplained, left[where].flatten()[asked])
+            if is_cut.any():
+                a, b = a[is_cut], b[is_cut]
+                by_pan_too = _is_another(a, b, unexplained_by_pan, unexplained_by_pan(a, b))
+                is_cut = is_cut.masked_scatter(is_cut, by_pan_too)
+            found[where] = found[where].masked_scatter(found[where], is_cut.cpu())
         return found
+
+    def _usual(self, place: int) -> torch.Tensor:
+        """What the pairs beside leave unexplained [B]."""
+        beside = [self._left[k] for k in (place - 1, place + 1) if k in self._left]
+        return torch.stack(beside).amax(dim=0) if beside else torch.full_like(self._left[place], MOST)
 
 
 def unexplained(a: torch.Tensor, b: torch.Tensor, align: Align | None = None) -> torch.Tensor:
@@ -104,11 +118,30 @@ def unexplained(a: torch.Tensor, b: torch.Tensor, align: Align | None = None) ->
     return ((1 - resemblance.clamp(0, 1)) * is_seen).mean(dim=(1, 2, 3))
 
 
-def _is_another(a: torch.Tensor, b: torch.Tensor, align: Align, left: float) -> bool:
-    """Whether b, which leaves so much of a unexplained, does not do far better than one of its mirror images."""
-    return left > LEAST and any(
-        left > OF_MIRRORED * float(unexplained(a, b.flip(way), align)) for way in MIRRORS
-    )
+def unexplained_by_pan(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The same with the whole picture gone one way."""
+    ways = pans(a, b)
+    out = a.new_zeros(len(a))
+    for way in set(ways):
+        rows = [i for i, other in enumerate(ways) if other == way]
+        out[rows] = unexplained(a[rows], b[rows], partial(by_pan, way=way))
+    return out
+
+
+def _is_another(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    left_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    left: torch.Tensor,
+) -> torch.Tensor:
+    """Whether b, which leaves so much of a unexplained, does not do far better than one of its mirror images [B]."""
+    is_open, found = left > LEAST, torch.zeros_like(left, dtype=torch.bool)
+    for way in MIRRORS:
+        rows = is_open.nonzero().flatten()
+        if len(rows):
+            found[rows] = left[rows] > OF_MIRRORED * left_of(a[rows], b[rows].flip(way))
+            is_open &= ~found
+    return found
 
 
 def by_motion(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,8 +150,8 @@ def by_motion(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return a, warp(b, box(estimate_motion(_levelled(a), _levelled(b)), STIFFNESS), "bicubic")
 
 
-def by_pan(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The whole picture [1, C, H, W] goes one way, that under which most of its middle is found again."""
+def pans(a: torch.Tensor, b: torch.Tensor) -> list[tuple[int, int]]:
+    """For each pair the way, down and right, that its whole picture goes: most of its middle is found again there."""
     height, width = a.shape[-2:]
     reach = int(min(height, width) * PAN)
     middle = a[..., reach : height - reach, reach : width - reach]
@@ -126,12 +159,22 @@ def by_pan(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     middle, other = ((p - p.mean(dim=(2, 3), keepdim=True)).cpu() for p in (middle, b))
     spectrum = torch.fft.rfft2(middle, s=(height, width)).conj() * torch.fft.rfft2(other)
     ways = slice(2 * reach + 1)
-    alike = torch.fft.irfft2(spectrum.sum(dim=1), s=(height, width))[0, ways, ways]
-    sums = F.pad(other.square().sum(dim=(0, 1)), (1, 0, 1, 0)).double().cumsum(0).cumsum(1)
+    alike = torch.fft.irfft2(spectrum.sum(dim=1), s=(height, width))[:, ways, ways]
+    sums = F.pad(other.square().sum(dim=1), (1, 0, 1, 0)).double().cumsum(1).cumsum(2)
     rows, columns = middle.shape[-2:]
-    energy = sums[rows:, columns:] - sums[:-rows, columns:] - sums[rows:, :-columns] + sums[:-rows, :-columns]
-    best = int((alike / energy.clamp(min=1e-9).sqrt()).argmax())
-    down, right = best // (2 * reach + 1) - reach, best % (2 * reach + 1) - reach
+    energy = (
+        sums[:, rows:, columns:]
+        - sums[:, :-rows, columns:]
+        - sums[:, rows:, :-columns]
+        + sums[:, :-rows, :-columns]
+    )
+    best = (alike / energy.clamp(min=1e-9).sqrt()).flatten(1).argmax(dim=1).tolist()
+    return [(place // (2 * reach + 1) - reach, place % (2 * reach + 1) - reach) for place in best]
+
+
+def by_pan(a: torch.Tensor, b: torch.Tensor, way: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What both show of the whole picture, which goes so far down and right."""
+    (height, width), (down, right) = a.shape[-2:], way
     a = a[..., max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)]
     b = b[..., max(0, down) : height - max(0, -down), max(0, right) : width - max(0, -right)]
     return _small(a), _small(b)

@@ -2,20 +2,23 @@
 
 Keyframes are [B, C, H, W] with even sides, reference pictures [B, C, H / 2, W / 2], all in 0..1. Both keyframes around a
 picture are fetched along motion measured on the reference; where they leave something of it, its own correction is added.
-Beside that stands the blind picture, made of the keyframes alone: where it fits the reference as well, it is taken.
+Beside that stands the blind picture, made of the keyframes alone: where it fits the reference as well, it is taken. The
+result is made to show small what the reference shows, as far as that is known to be right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .cuts import Cuts
-from .interpolate import PIXELS_AT_ONCE
+from .interpolate import PIXELS_AT_ONCE, bad_frames
 from .motion import NUMBERS_AT_ONCE, Way, along, box, estimate_motion, refined, resized, warp, way_at
 
 # A step of an 8-bit picture.
@@ -41,6 +44,8 @@ AS_GOOD = 1.15
 NEIGHBOURHOOD = 4
 HARDNESS = 2.0
 TRUST = 3.0
+# It is out of the question where it leaves far more than this, beyond what the reference is off itself.
+FAILED = 20 * STEP
 # Keyframe and reference are laid upon each other on pictures down to a quarter of this size, in wide neighbourhoods. A
 # shift counts in full where it leaves less than LEFT - SURE of what differs, and not at all above LEFT.
 LEVELS, STEPS, WIDE = 3, 2, 5
@@ -50,10 +55,20 @@ LEFT, SURE = 0.8, 0.1
 RAISE = 0.3
 LEAST_RAISED, MOST_RAISED = 0.92, 1.3
 GRAIN = 2 * STEP
+# Errors of the reference in between are taken for so many times those at the keyframes; steps of 8 bits are one, too.
+DOUBT = 2.0
+ROUNDING = STEP / 3
 # What lives at the same time, at most, for every place and channel of a picture, and for every place of the smaller ones.
 NUMBERS_PER_CHANNEL = 16
 # A reference that leaves more than this share of a keyframe's contrast shows something else.
 UNLIKE = 0.5
+# Gaps go together up to so many places of their keyframes: one gap of a large clip, several of small clips.
+PLACES_AT_ONCE = 3 * 2**19
+# One is late, or early, if its pictures up to so many before or after the right ones leave LAG times less of the keyframes,
+# in the mean over those, of which each has one vote: no more than a factor of e ** VOTE.
+EARLIER = 4
+VOTE = 0.7
+LAG = 1.15
 
 
 class Upsampler:
@@ -72,14 +87,14 @@ class Upsampler:
         self._products = self._products + (y @ x.mT).cpu()
         self._seen += x.shape[-1]
 
-    def fit(self) -> None:
+    def fit(self, device: torch.device | None = None) -> None:
         pull = torch.full((TAPS**2 + 1,), COPYING * self._seen, dtype=torch.float64)
         # A shift of all colours costs little.
         pull[-1] /= 100
         copy = torch.zeros(4, TAPS**2 + 1, dtype=torch.float64)
         copy[:, TAPS**2 // 2] = 1.0
         squares, products = self._squares + pull.diag(), self._products + copy * pull
-        self.weight = torch.linalg.solve(squares, products.mT).mT.float()
+        self.weight = torch.linalg.solve(squares, products.mT).mT.float().to(device)
 
     def __call__(self, reference: torch.Tensor) -> torch.Tensor:
         """[B, C, h, w] -> [B, C, 2 h, 2 w]"""
@@ -91,7 +106,7 @@ class Upsampler:
 
     def _filtered(self, reference: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         # Several pictures of each item come one after the other.
-        weight = weight.to(reference.device).repeat(len(reference) // len(weight), 1, 1, 1)
+        weight = weight.repeat(len(reference) // len(weight), 1, 1, 1)
         return (weight @ _patches(reference)).unflatten(3, reference.shape[-2:])
 
 
@@ -102,8 +117,7 @@ def _patches(reference: torch.Tensor) -> torch.Tensor:
     return x.unflatten(0, reference.shape[:2])
 
 
-@dataclass
-class Keyframe:
+class Keyframe(NamedTuple):
     """A keyframe with its reference, and the reference laid upon it.
 
     shift: where the keyframe shows what its reference shows [B, 2, h, w], in the reference's pixels.
@@ -118,17 +132,19 @@ class Keyframe:
     shift: torch.Tensor
     aligned: torch.Tensor
     enlarged: torch.Tensor
-    off: torch.Tensor = field(init=False)
-    low: torch.Tensor = field(init=False)
-    detail: torch.Tensor = field(init=False)
-    unlike: torch.Tensor = field(init=False)
+    off: torch.Tensor
+    low: torch.Tensor
+    detail: torch.Tensor
+    unlike: torch.Tensor
 
-    def __post_init__(self) -> None:
-        self.off = F.avg_pool2d(self.enlarged, 2) - self.small
-        self.low = _far(self.picture - self.enlarged)
-        self.detail = _far(fine(self.picture).square().mean(dim=1, keepdim=True))
-        contrast = self.small - box(self.small, FAR)
-        self.unlike = _mean_square(self.off) / (_mean_square(contrast) + STEP**2)
+    def split(self, batch: int) -> Iterator[Keyframe]:
+        return (Keyframe(*parts) for parts in zip(*(part.split(batch) for part in self), strict=True))
+
+
+def joined(keyframes: list[Keyframe]) -> Keyframe:
+    if len(keyframes) == 1:
+        return keyframes[0]
+    return Keyframe(*(torch.cat(parts) for parts in zip(*keyframes, strict=True)))
 
 
 def keyframe(picture: torch.Tensor, reference: torch.Tensor, upsample: Upsampler) -> Keyframe:
@@ -142,7 +158,13 @@ def keyframe(picture: torch.Tensor, reference: torch.Tensor, upsample: Upsampler
     )
     shift = shift * ((LEFT - after / (before + (STEP / 4) ** 2)) / SURE).clamp(0, 1)
     aligned = warp(reference, -shift, "bicubic")
-    return Keyframe(picture, reference, small, shift, aligned, upsample(aligned))
+    enlarged = upsample(aligned)
+    off = F.avg_pool2d(enlarged, 2) - small
+    low = _far(picture - enlarged)
+    detail = _far(fine(picture).square().mean(dim=1, keepdim=True))
+    contrast = small - box(small, FAR)
+    unlike = _mean_square(off) / (_mean_square(contrast) + STEP**2)
+    return Keyframe(picture, reference, small, shift, aligned, enlarged, off, low, detail, unlike)
 
 
 def shift_between(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -188,7 +210,7 @@ def picture_at(
     noise = offs[0] - offs[1]
     most_off = _mean_square(noise).sqrt().clamp(min=MOST_OFF).view(-1, 1, 1, 1)
     off = torch.minimum(ENLARGED * _quantile(torch.minimum(*left)), most_off)
-    enlarged = upsample(reference)
+    enlarged, levelled = upsample(reference), upsample.levelled(reference)
     weights: list[torch.Tensor] = []
     out, total = torch.zeros_like(enlarged), torch.zeros_like(enlarged[:, :1])
     for end, flow, rest, nearness in zip(ends, flows, left, near, strict=True):
@@ -207,9 +229,12 @@ def picture_at(
     guided = (weights[0] * fetched[0] + weights[1] * fetched[1]) / (weights[0] + weights[1])
     blind = along(ends[0].aligned, ends[1].aligned, way)
     takes = _blind_share(reference - guided, reference - blind, noise)
-    takes = takes * may_be_blind
+    # Where both fail alike, since only the reference shows what is there, none is as good.
+    known = torch.maximum(*(off.square() for off in offs))
+    excess = box(((reference - blind).square() - 4 * known).mean(dim=1, keepdim=True), NEIGHBOURHOOD)
+    takes = takes * may_be_blind * (-excess.clamp(min=0) / (2 * FAILED**2)).exp()
     out = torch.lerp(out, along(ends[0].picture, ends[1].picture, way.enlarged(size)), _twice(takes))
-    return _sharpened(out, ends, flows, weights)
+    return _sharpened(_laid(out, levelled, offs), ends, flows, weights)
 
 
 def _blind_share(guided: torch.Tensor, blind: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -250,6 +275,20 @@ def _sharpened(
     raised = box(raised.clamp(LEAST_RAISED, MOST_RAISED), 1)
     raised = F.interpolate(raised, size=picture.shape[-2:], mode="bilinear", align_corners=False)
     return picture + (raised - 1) * detail
+
+
+def _laid(picture: torch.Tensor, reference: torch.Tensor, offs: list[torch.Tensor]) -> torch.Tensor:
+    """`picture`, which shows small what `reference` [B, C, h, w] does, as far as errors of the reference don't explain it.
+
+    offs: what the reference says against both ends. A filter of Wiener's kind: of a difference that is all error nothing
+    is taken, of one that dwarfs it all.
+    """
+    rest = reference - F.avg_pool2d(picture, 2)
+    error = torch.maximum(*(off.square() for off in offs))
+    left, error = (box(power.mean(dim=1, keepdim=True), NEIGHBOURHOOD) for power in (rest.square(), error))
+    rest = rest * (1 - (DOUBT * error + ROUNDING**2) / left.clamp(min=1e-9)).clamp(min=0)
+    # The least change that does it: the same for all four pixels.
+    return picture + F.interpolate(rest, scale_factor=2)
 
 
 def fine(picture: torch.Tensor) -> torch.Tensor:
@@ -299,8 +338,13 @@ class Reference:
             some = F.interpolate(some, size=half, mode="bicubic", antialias=True, align_corners=False)
         return some.to(device).contiguous().clamp(0, 1)
 
-    def is_known(self, times: list[int]) -> bool:
-        return bool(self.pictures[:, :, [self.place(time) for time in times]].isfinite().all())
+    @cached_property
+    def bad(self) -> list[int]:
+        """The places of pictures in which some value is no number."""
+        return bad_frames(self.pictures)
+
+    def is_known(self, time: int) -> bool:
+        return self.place(time) not in self.bad
 
 
 @dataclass
@@ -311,18 +355,28 @@ class Comparison:
     unlike: dict[int, float] = field(default_factory=dict)
     # Pictures of all items together.
     followed: int = 0
+    # By so many frames, where `lag` is more than LAG.
+    late: int = 0
+    lag: float = 0.0
 
-    def note(self, time: int, end: Keyframe) -> None:
-        self.shifts[time] = float(2 * end.shift.square().sum(dim=1).mean(dim=(1, 2)).sqrt().max())
-        self.unlike[time] = float(end.unlike.max())
+    def note(self, times: list[int], ends: Keyframe) -> torch.Tensor:
+        """`unlike` of the keyframes at these times [len(times), B], on the CPU."""
+        shifts = 2 * ends.shift.square().sum(dim=1).mean(dim=(1, 2)).sqrt()
+        # One look at the device for all of them.
+        shifts, unlike = torch.stack((shifts, ends.unlike)).cpu().unflatten(1, (len(times), -1))
+        self.shifts |= dict(zip(times, shifts.amax(dim=1).tolist(), strict=True))
+        self.unlike |= dict(zip(times, unlike.amax(dim=1).tolist(), strict=True))
+        return unlike
 
     @property
     def disagreeing(self) -> list[int]:
         return [time for time, share in self.unlike.items() if share > UNLIKE]
 
 
-# The pictures at these times, all within one gap, made of the keyframes alone [B, C, H, W].
-Blind = Callable[[list[int]], dict[int, torch.Tensor]]
+# The place of a keyframe, and the times from there to the next.
+Gap = tuple[int, list[int]]
+# The pictures at these rising times, made of the keyframes alone, of the items of the batch at these places.
+Blind = Callable[[list[int], list[int]], dict[int, torch.Tensor]]
 
 
 def follow(
@@ -354,71 +408,133 @@ def follow(
         a, b = (F.avg_pool2d(pictures([k + offset for k in places]), 2).nan_to_num() for offset in (0, 1))
         return a, b
 
-    is_known = [
-        reference.is_known([k * stride]) and bool(clip[:, :, k].isfinite().all()) for k in range(last + 1)
-    ]
-    upsample = _fitted([k for k in range(last + 1) if is_known[k]], pictures, references, stride)
-    cuts = Cuts(pairs, last + 1, 1)
+    bad = bad_frames(clip)
+    is_known = [reference.is_known(k * stride) and k not in bad for k in range(last + 1)]
+    whole = [k for k in range(last + 1) if is_known[k]]
+    upsample = _fitted(whole, pictures, references, stride, device)
+    late, lag = _lag(whole, pictures, reference, references, stride, upsample)
+    comparison.lag = float(lag.max())
+    comparison.late = int(late[lag.argmax()]) if comparison.lag > LAG else 0
+    batch = len(clip)
+    together = gaps_at_once(clip.shape)
+    cuts = Cuts(pairs, last + 1, together)
     ends: dict[int, Keyframe] = {}
-    for gap, group in groupby(wanted, key=lambda time: min(time // stride, last - 1)):
-        times, start = list(group), gap * stride
-        missing = [time for time in times if start < time < start + stride]
-        known = [time for time in missing if reference.is_known([time])]
-        is_unlike = torch.tensor(True)
-        if known and is_known[gap] and is_known[gap + 1]:
-            ends = {k: ends[k] for k in ends if k >= gap}
-            for k in {gap, gap + 1} - ends.keys():
-                ends[k] = keyframe(pictures([k]), references([k * stride]), upsample)
-                comparison.note(k * stride, ends[k])
-            is_unlike = torch.maximum(ends[gap].unlike, ends[gap + 1].unlike).cpu() > UNLIKE
-        guided = [] if is_unlike.all() else known
-        comparison.followed += len(guided) * int((~is_unlike).sum())
-        blindly = missing if is_unlike.any() else [time for time in missing if time not in guided]
-        made = blind(blindly) if blindly else {}
+    unlike: dict[int, torch.Tensor] = {}
+
+    def told(gap: Gap) -> tuple[int, ...]:
+        """When the reference tells what happens in a gap, counted from its start."""
+        place, times = gap
+        if not (is_known[place] and is_known[min(place + 1, last)]):
+            return ()
+        return tuple(time - place * stride for time in times if time % stride and reference.is_known(time))
+
+    by_gap = (
+        (gap, list(times))
+        for gap, times in groupby(wanted, lambda time: max(0, min(time // stride, last - 1)))
+    )
+    for gaps, offsets in _alike(by_gap, told, together):
+        places = [place for place, _ in gaps]
+        if offsets:
+            needed = sorted({place + end for place in places for end in (0, 1)})
+            ends = {k: ends[k] for k in needed if k in ends}
+            news = [k for k in needed if k not in ends]
+            new = keyframe(pictures(news), references([k * stride for k in news]), upsample)
+            ends |= dict(zip(news, new.split(batch), strict=True))
+            unlike |= dict(zip(news, comparison.note([k * stride for k in news], new), strict=True))
+        is_unlike = torch.zeros(len(gaps), batch, dtype=torch.bool)
+        if offsets:
+            is_unlike = torch.stack([torch.maximum(unlike[k], unlike[k + 1]) > UNLIKE for k in places])
+            is_unlike |= lag > LAG
+        guided = [k for k, all_unlike in zip(places, is_unlike.all(dim=1), strict=True) if not all_unlike]
+        guided = guided if offsets else []
+        comparison.followed += len(offsets) * int((~is_unlike).sum())
+        some_unlike = dict(zip(places, is_unlike.any(dim=1).tolist(), strict=True))
+        blindly = [
+            time
+            for place, times in gaps
+            for time in times
+            if time % stride and (time % stride not in offsets or some_unlike[place])
+        ]
+        items = is_unlike.any(dim=0).nonzero().flatten().tolist()
+        if any(time % stride not in offsets for time in blindly):
+            items = list(range(batch))
+        made = blind(blindly, items) if blindly else {}
         followed: Iterator[tuple[int, torch.Tensor]] = iter(())
         if guided:
-            is_cut = cuts.after([gap])[0]
-            followed = _in_gap(
-                (ends[gap], ends[gap + 1]), start, stride, guided, references, is_cut, upsample
-            )
+            is_cut = torch.cat(cuts.after(guided))
+            both = joined([ends[k] for k in guided]), joined([ends[k + 1] for k in guided])
+            followed = _in_gaps(both, guided, stride, offsets, references, is_cut, upsample)
+        done: dict[int, torch.Tensor] = {}
         # One by one, so that the work can be stopped between them.
-        for time in times:
-            if time not in missing:
-                yield time, clip[:, :, time // stride]
-                continue
-            if time in guided:
-                picture = next(followed)[1][..., :height, :width].clamp(0, 1)
-                picture = picture.contiguous(memory_format=torch.channels_last).to(clip)
-                where = is_unlike.view(-1, 1, 1, 1).to(picture.device)
-                made[time] = torch.where(where, made[time], picture) if time in made else picture
-            yield time, made.pop(time)
+        for place, times in gaps:
+            for time in times:
+                if not time % stride:
+                    yield time, clip[:, :, time // stride]
+                    continue
+                if time % stride not in offsets or place not in guided:
+                    yield time, made.pop(time)
+                    continue
+                while time not in done:
+                    offset, pictures_there = next(followed)
+                    shown = pictures_there[..., :height, :width].clamp(0, 1)
+                    shown = shown.contiguous(memory_format=torch.channels_last).to(clip)
+                    done |= {
+                        k * stride + offset: one for k, one in zip(guided, shown.split(batch), strict=True)
+                    }
+                picture = done.pop(time)
+                if time in made:
+                    is_blind = is_unlike[places.index(place)]
+                    picture[is_blind.to(picture.device)] = made.pop(time)[is_blind[items].to(picture.device)]
+                yield time, picture
 
 
-def _in_gap(
+def _alike(
+    gaps: Iterable[Gap], told: Callable[[Gap], tuple[int, ...]], at_once: int
+) -> Iterator[tuple[list[Gap], tuple[int, ...]]]:
+    """Gaps that follow each other and of which the same is `told`, so many at once, and what that is."""
+    for what, group in groupby(gaps, told):
+        alike = list(group)
+        yield from ((alike[i : i + at_once], what) for i in range(0, len(alike), at_once))
+
+
+def _in_gaps(
     ends: tuple[Keyframe, Keyframe],
-    start: int,
+    gaps: list[int],
     stride: int,
-    times: list[int],
+    offsets: tuple[int, ...],
     references: Callable[[list[int]], torch.Tensor],
     is_cut: torch.Tensor,
     upsample: Upsampler,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(time, picture) between both ends. Across a cut [B] no blind picture is asked for: each shows what one end alone has."""
+    """(offset, pictures of all gaps) between both ends [len(gaps) * B, ...] of each.
+
+    Across a cut [len(gaps) * B] no blind picture is asked for: each shows what one end alone has.
+    """
     batch, device = len(is_cut), ends[0].small.device
-    smalls = [end.small for end in ends]
-    forth, back = estimate_motion(torch.cat(smalls), torch.cat(smalls[::-1]), reach=REACH).chunk(2)
+    forth, back = _blind_flows(ends)
     may_be_blind = ~is_cut.to(device).view(-1, 1, 1, 1)
-    together = max(1, PIXELS_AT_ONCE // smalls[0][:, 0].numel())
-    for some in (times[i : i + together] for i in range(0, len(times), together)):
-        shown = references(some)
+    together = max(1, PIXELS_AT_ONCE // ends[0].small[:, 0].numel())
+    for some in (offsets[i : i + together] for i in range(0, len(offsets), together)):
+        shown = references([gap * stride + offset for offset in some for gap in gaps])
         theirs = torch.cat([end.reference.repeat(len(some), 1, 1, 1) for end in ends])
         to_ends = estimate_motion(torch.cat((shown, shown)), theirs, GAIN, REACH).chunk(2)
         rows = zip(some, shown.split(batch), *(flow.split(batch) for flow in to_ends), strict=True)
-        for time, picture, to_first, to_second in rows:
-            share = (time - start) / stride
+        for offset, picture, to_first, to_second in rows:
+            share = offset / stride
             way = way_at(forth, back, share, 2.0)
             flows = (to_first, to_second)
-            yield time, picture_at(picture, share, ends, flows, way, may_be_blind, upsample)
+            yield offset, picture_at(picture, share, ends, flows, way, may_be_blind, upsample)
+
+
+def _blind_flows(ends: tuple[Keyframe, Keyframe]) -> tuple[torch.Tensor, torch.Tensor]:
+    """From each end to the other, of the reference's size: searched there, and refined on the full pictures."""
+    smalls, pictures = ([getattr(end, name) for end in ends] for name in ("small", "picture"))
+    flows = estimate_motion(torch.cat(smalls), torch.cat(smalls[::-1]), reach=REACH).chunk(2)
+    forth, back = (
+        resized(refined(a, b, resized(flow, a.shape[-2:])), flow.shape[-2:])
+        for a, b, flow in zip(pictures, pictures[::-1], flows, strict=True)
+    )
+    return forth, back
 
 
 def _fitted(
@@ -426,19 +542,66 @@ def _fitted(
     pictures: Callable[[list[int]], torch.Tensor],
     references: Callable[[list[int]], torch.Tensor],
     stride: int,
+    device: torch.device | None,
 ) -> Upsampler:
     upsample = Upsampler()
-    for k in places[:: -(-len(places) // FITTED) or 1]:
+    for k in _some(places):
         upsample.learn(references([k * stride]), pictures([k]))
     if places:
-        upsample.fit()
+        upsample.fit(device)
     return upsample
+
+
+def _some(places: list[int]) -> list[int]:
+    return places[:: -(-len(places) // FITTED) or 1]
+
+
+def _lag(
+    places: list[int],
+    pictures: Callable[[list[int]], torch.Tensor],
+    reference: Reference,
+    references: Callable[[list[int]], torch.Tensor],
+    stride: int,
+    upsample: Upsampler,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By how many frames the reference seems late [B], and how many times less of the keyframes it would leave if moved [B].
+
+    A damaged reference still fits best at its own time, and where all stands still it fits as well at any.
+    """
+    moves = [step * reference.step for step in range(-EARLIER, EARLIER + 1) if step]
+    gains, votes, voters = (torch.zeros(len(moves), len(reference.pictures)) for _ in range(3))
+    end = (reference.pictures.shape[2] - 1) * reference.step
+    for k in _some(places):
+        small, time = F.avg_pool2d(pictures([k]), 2), k * stride
+        some = [
+            i for i, move in enumerate(moves) if 0 <= time + move <= end and reference.is_known(time + move)
+        ]
+        left = torch.stack(
+            [
+                _mean_square(upsample.levelled(references([at])) - small)
+                for at in (time, *(time + moves[i] for i in some))
+            ]
+        )
+        # One look at the device for each keyframe.
+        left = (left.cpu() + (STEP / 4) ** 2).log()
+        gain = left[:1] - left[1:]
+        gains[some] += gain
+        votes[some] += gain.clamp(-VOTE, VOTE)
+        voters[some] += 1
+    best = (gains / voters.clamp(min=1)).argmax(dim=0, keepdim=True)
+    lag = (votes / voters.clamp(min=1)).gather(0, best).exp()
+    return torch.tensor(moves)[best[0]], lag[0]
+
+
+def gaps_at_once(shape: tuple[int, ...]) -> int:
+    """How many gaps of a clip [B, C, N, H, W] go together: one of a large clip."""
+    return max(1, PLACES_AT_ONCE // (shape[0] * shape[-2] * shape[-1]))
 
 
 def memory_used(shape: tuple[int, ...]) -> int:
     """Bytes on the device for following a reference through a clip [B, C, N, H, W]."""
-    batch, channels, _, height, width = shape
-    places = batch * height * width
+    batch, channels, frames, height, width = shape
+    places = batch * height * width * max(1, min(frames - 1, gaps_at_once(shape)))
     together = max(1, PIXELS_AT_ONCE // max(1, places // 4)) * places / 4
     return round(
         4

@@ -84,8 +84,8 @@ def in_between(
             ends = [clip[:, :, segments[i]], clip[:, :, segments[i] + 1]]
             if is_cut.any():
                 near, far = ends if shares[i] <= 0.5 else ends[::-1]
-                where = is_cut.view(-1, 1, 1, 1).to(clip.device)
-                pictures[i] = torch.where(where, _filled(near, far), pictures[i])
+                where = is_cut.to(clip.device)
+                pictures[i][where] = _filled(near[where], far[where])
             if bad.issuperset((segments[i], segments[i] + 1)):
                 is_known = ends[0].isfinite() | ends[1].isfinite()
                 pictures[i] = torch.where(is_known, pictures[i], torch.nan)
@@ -110,7 +110,8 @@ def memory_used(shape: tuple[int, ...]) -> int:
 
 def bad_frames(clip: torch.Tensor) -> list[int]:
     """The frames of [B, C, N, H, W] in which some value is no number."""
-    return [k for k in range(clip.shape[2]) if not clip[:, :, k].isfinite().all()]
+    is_whole = torch.stack([clip[:, :, k].isfinite().all() for k in range(clip.shape[2])])
+    return (~is_whole).nonzero().flatten().tolist()
 
 
 def _pictures(clip: torch.Tensor, places: list[int], device: torch.device | None) -> torch.Tensor:
@@ -140,7 +141,9 @@ def _mixed(
     out: list[torch.Tensor] = [clip[:, :, 0]] * len(segments)
     for share in sorted(set(shares)):
         asked = [i for i, other in enumerate(shares) if other == share]
-        rows = torch.cat([torch.arange(batch) + batch * own.index(segments[i]) for i in asked]).to(a.device)
+        rows = torch.cat(
+            [torch.arange(batch, device=a.device) + batch * own.index(segments[i]) for i in asked]
+        )
         if forth is None or back is None:
             made = a[rows].lerp(b[rows], share)
         else:

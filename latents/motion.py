@@ -134,8 +134,10 @@ def resized(flow: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Ten
     """The same motion on a picture of another size."""
     if tuple(flow.shape[-2:]) == tuple(size):
         return flow
-    factor = flow.new_tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]]).view(1, 2, 1, 1)
-    return F.interpolate(flow, size=tuple(size), mode="bilinear", align_corners=False) * factor
+    # By numbers, for which the device need not wait as it must for a tensor from the host.
+    down, right = size[0] / flow.shape[-2], size[1] / flow.shape[-1]
+    x, y = F.interpolate(flow, size=tuple(size), mode="bilinear", align_corners=False).split(1, dim=1)
+    return torch.cat((x * right, y * down), dim=1)
 
 
 def box(values: torch.Tensor, radius: int = 2) -> torch.Tensor:
@@ -158,9 +160,8 @@ def _length(flow: torch.Tensor) -> torch.Tensor:
 
 def _matched(a: torch.Tensor, b: torch.Tensor, flow: torch.Tensor, radius: int) -> torch.Tensor:
     """The best of all whole-pixel changes up to `radius` around `flow`."""
-    shifts = flow.new_tensor(
-        [(dx, dy) for dy in range(-radius, radius + 1) for dx in range(-radius, radius + 1)]
-    )
+    along = torch.arange(-radius, radius + 1, device=flow.device, dtype=flow.dtype)
+    shifts = torch.cartesian_prod(along, along).flip(1)
     # Dearer with distance, so that an empty block stays where it is.
     pull = STILLNESS * _contrast(a)
     costs = []

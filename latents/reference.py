@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from .guided import UNLIKE, Comparison, Reference, follow
-from .interpolate import Estimate, bad_frames, frame_times, in_between
+from .interpolate import Estimate, frame_times, in_between
 from .stride import StrideNote, strided_length, video_frames
 
 # A reference may be so much out of shape, as sizes that have to be multiples of 32 bring along.
@@ -81,14 +81,15 @@ def followed(
     wanted = list(range(0, total + reference.step - 1, reference.step))
     times = frame_times(clip.shape[2], stride)
 
-    def blind(some: list[int]) -> dict[int, torch.Tensor]:
-        # With the gaps beside: a cut is told by them, too.
-        around = slice(max(0, some[0] // stride - 1), some[0] // stride + 3)
+    def blind(some: list[int], items: list[int]) -> dict[int, torch.Tensor]:
+        # With two gaps beside: cuts are told by the first, and slopes by the cuts there.
+        around = slice(max(0, some[0] // stride - 2), some[-1] // stride + 4)
+        part = clip[:, :, around] if len(items) == len(clip) else clip[items, :, around]
         at = torch.tensor(some, dtype=torch.float64)
-        made = in_between(clip[:, :, around], times[around], at, method, estimate, device)
+        made = in_between(part, times[around], at, method, estimate, device)
         return {some[place]: picture for place, picture in made}
 
-    bad = bad_frames(reference.pictures)
+    bad = reference.bad
     if bad:
         logger.warning(
             "FrameThrift: Latent Flow Interpolate: reference: frame%s %s hold%s values that are no numbers (NaN or infinite). "
@@ -118,6 +119,15 @@ def _tell(comparison: Comparison, missing: int) -> None:
             100 * max(unlike),
             comparison.followed,
             missing,
+        )
+    if comparison.late:
+        logger.warning(
+            "FrameThrift: Latent Flow Interpolate: the keyframes fit what the reference shows about %d frame%s %s better than "
+            "what it shows at their own times. That clip's frames are made without it. Connect all frames of the first "
+            "stage from its first one on, decoded before its latent was thinned.",
+            abs(comparison.late),
+            "s"[: abs(comparison.late) > 1],
+            "later" if comparison.late > 0 else "earlier",
         )
     if comparison.disagreeing:
         far = comparison.disagreeing

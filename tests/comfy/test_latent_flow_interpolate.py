@@ -526,6 +526,14 @@ def test_a_reference_of_another_clip_warns_and_is_not_followed(node, strided, va
     assert "at keyframes 0, 2, 4" in warned and "more than 50 %" in warned and "Connect frames" in warned
 
 
+def test_a_late_reference_warns_and_is_not_followed(node, by_eights, vae, caplog):
+    reference = shown_small(there_and_back(65))[[max(0, f - 2) for f in range(65)]]
+    frames = node.execute(by_eights, "motion", vae=vae, encode=False, reference=reference).args[1]
+    assert torch.equal(frames, node.execute(by_eights, "motion", vae=vae, encode=False).args[1])
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("frames later" in line and "made without it" in line for line in warned)
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_grey_and_transparent_references(node, strided, vae, channels):
     truth = moving()

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from orders import Orders
 
 HEIGHT, WIDTH = 64, 96
 
@@ -58,9 +59,9 @@ def follow(pack, frames, gap, reference, step=1, comparison=None, **names):
     comparison = guided.Comparison()
     times = interpolate.frame_times(clip.shape[2], gap)
 
-    def blind(some):
+    def blind(some, items):
         at = torch.tensor(some, dtype=torch.float64)
-        made = interpolate.in_between(clip, times, at, "motion", motion.estimate_motion)
+        made = interpolate.in_between(clip[items], times, at, "motion", motion.estimate_motion)
         return {some[place]: picture for place, picture in made}
 
     wanted = list(range(0, frames.shape[-4], step))
@@ -337,7 +338,7 @@ def test_without_one_whole_keyframe_all_is_blind(pack):
     )
     asked = []
 
-    def blind(times):
+    def blind(times, items):
         asked.extend(times)
         return {time: clip[:, :, time // 4] for time in times}
 
@@ -363,9 +364,149 @@ def test_across_a_cut_no_blind_picture_is_mixed_in(pack, monkeypatch):
 
     def made(share):
         monkeypatch.setattr(guided, "_blind_share", lambda rest, *_: torch.full_like(rest[:, :1], share))
-        return dict(guided.follow(clip, 4, reference, list(range(5)), lambda times: {}, guided.Comparison()))
+        return dict(guided.follow(clip, 4, reference, list(range(5)), lambda *_: {}, guided.Comparison()))
 
     never, always = made(0.0), made(1.0)
     assert all(torch.equal(never[time], always[time]) for time in range(5))
     for time in (1, 2, 3):
         assert (never[time] - whole[:, :, time]).abs().mean() < 0.02
+
+
+def test_more_gaps_and_clips_are_no_more_work_to_order(pack):
+    """Small clips go through all their gaps together: a device is told the same few things, whatever their number."""
+
+    def orders(batch, gaps):
+        whole = film(lambda f: (20 + 3 * f, 60), frames=2 * gaps + 1, height=32, width=48)
+        clips = whole.expand(batch, -1, -1, -1, -1)
+        with Orders() as seen:
+            follow(pack, clips, 2, torch.stack([small(clip) for clip in clips]))
+        return seen.count
+
+    assert orders(4, 8) < 1.1 * orders(1, 4)
+
+
+def test_of_a_large_clip_one_gap_goes_at_a_time(guided):
+    assert guided.gaps_at_once((1, 3, 9, 704, 1280)) == 1
+    assert guided.gaps_at_once((4, 3, 9, 64, 64)) > 8
+
+
+def test_only_items_that_the_reference_is_unlike_are_made_blindly(pack, guided):
+    frames = film(there_and_back)
+    clip = as_clip(frames)[:, :, ::4].expand(3, -1, -1, -1, -1)
+    reference = as_clip(torch.stack([small(frames), small(film(there_and_back, seed=9)), small(frames)]))
+    asked = []
+
+    def blind(times, items):
+        asked.append((times, items))
+        return dict.fromkeys(times, clip[items, :, 0])
+
+    list(guided.follow(clip, 4, guided.Reference(reference, 1), list(range(9)), blind, guided.Comparison()))
+    assert asked == [([1, 2, 3, 5, 6, 7], [1])]
+
+
+INNER = (..., slice(8, -8), slice(8, -8))
+
+
+def test_how_far_the_reference_is_off_is_capped(pack):
+    """Where a picture is like neither keyframe, all that differs would pass for an error of the reference."""
+    frames = film(lambda f: (40 + 3 * f, 64))
+    frames[4] = film(lambda f: (48, 60), seed=9, frames=1)[0]
+    out, _ = follow(pack, frames, 8, small(frames))
+    assert psnr(out[4], frames[4]) > 31
+
+
+def test_what_only_the_reference_shows_has_no_detail_of_the_keyframes(pack):
+    """A plain disc that is there within the gap alone."""
+    frames = film(lambda f: (48, 64))
+    y, x = torch.arange(HEIGHT).view(-1, 1) - 32, torch.arange(WIDTH) - 30
+    away = (x**2 + y**2).sqrt()
+    frames[4] = torch.where(away < 14, torch.tensor([0.9, 0.2, 0.1]).view(3, 1, 1), frames[4])
+    out, _ = follow(pack, frames, 8, small(frames))
+    fine = pack("latents.guided").fine
+    ghost, there = ((fine(p[None]) * (away < 9)).square().sum() for p in (out[4], frames[0]))
+    assert ghost < 0.02 * there
+
+
+def test_the_search_goes_one_pixel_far_on_the_full_picture_of_the_pyramid(pack, guided, monkeypatch):
+    """Nine places for each: what goes further costs as much as all else. Cuts are told with a search of their own."""
+    motion = pack("latents.motion")
+    estimate, matched = guided.estimate_motion, motion._matched
+    seen, begun = [], []
+
+    def estimated(a, *rest, **names):
+        begun.append(a.shape[-2:])
+        with monkeypatch.context() as patch:
+            patch.setattr(motion, "_matched", spy)
+            return estimate(a, *rest, **names)
+
+    def spy(a, b, flow, radius):
+        seen.append((a.shape[-2:] == begun[-1], radius))
+        return matched(a, b, flow, radius)
+
+    monkeypatch.setattr(guided, "estimate_motion", estimated)
+    frames = film(there_and_back)
+    follow(pack, frames, 8, small(frames))
+    assert len(begun) == 2 and set(seen) == {(True, 1), (False, motion.RADIUS)}
+
+
+def test_a_clean_reference_is_what_the_pictures_show_small(pack):
+    frames = film(there_and_back)
+    out, _ = follow(pack, frames, 8, small(frames))
+    assert (small(out) - small(frames)).square().mean().sqrt() < 0.5 / 255
+
+
+def test_a_difference_that_the_references_errors_explain_is_left(guided):
+    picture = texture(32, 48, 3)
+    error = 0.03 * noise_like(small(picture), 1)
+    offs = [0.03 * noise_like(error, seed) for seed in (2, 3)]
+    assert torch.equal(guided._laid(picture, small(picture) + error, offs), picture)
+    moved = guided._laid(picture, small(picture) + 0.3, offs) - picture
+    assert (moved - 0.3).abs().max() < 0.02
+
+
+def test_the_blind_picture_knows_fractions_of_a_pixel(pack, guided):
+    """It is searched on pictures of half the size, which tell of them half as well."""
+    warp = pack("latents.motion").warp
+    wide = texture(HEIGHT, WIDTH, 5)
+    moved = warp(wide, torch.full((1, 2, HEIGHT, WIDTH), 0.75), "bicubic")
+    upsample = guided.Upsampler()
+    upsample.learn(small(wide), wide)
+    upsample.fit()
+    ends = tuple(guided.keyframe(p, small(p), upsample) for p in (wide, moved))
+    forth, back = guided._blind_flows(ends)
+    assert (2 * forth + 0.75)[INNER].abs().mean() < 0.04 and (2 * back - 0.75)[INNER].abs().mean() < 0.04
+
+
+@pytest.mark.parametrize("late", [-3, -1, 2])
+def test_a_reference_at_other_times_is_told_and_not_followed(pack, late):
+    frames = film(lambda f: (40 + f, 64), frames=25)
+    reference = small(frames)[[min(max(f - late, 0), 24) for f in range(25)]]
+    out, comparison = follow(pack, frames, 4, reference)
+    assert comparison.late == late and comparison.followed == 0
+    assert torch.equal(out, blindly(pack, frames, 4))
+
+
+@pytest.mark.parametrize("far", [0, 1])
+def test_a_damaged_reference_is_not_late(pack, far):
+    """Nor that of a still clip, in which all times fit alike."""
+    frames = film(lambda f: (40 + far * f, 64), frames=17)
+    _, comparison = follow(pack, frames, 4, small(frames) + 0.02 * noise_like(small(frames)))
+    assert comparison.lag < 1.05 and comparison.late == 0 and comparison.followed == 12
+
+
+def test_one_keyframe_alone_makes_no_reference_late(pack):
+    """In a clip that stands still, where the others have no say."""
+    frames = film(lambda f: (48, 64), frames=29)
+    reference = small(frames)
+    reference[11:14] = small(film(there_and_back, seed=7))[:3]
+    _, comparison = follow(pack, frames, 4, reference)
+    assert comparison.late == 0 and comparison.disagreeing == [12] and comparison.followed == 15
+
+
+def test_of_two_clips_the_late_one_alone_is_blind(pack):
+    frames = film(lambda f: (40 + f, 64), frames=25)
+    clips = torch.stack([frames, frames])
+    references = torch.stack([small(frames), small(frames)[[max(f - 2, 0) for f in range(25)]]])
+    out, comparison = follow(pack, clips, 4, references)
+    assert comparison.late == 2 and comparison.followed == 18
+    assert torch.equal(out[1], blindly(pack, frames, 4)) and not torch.equal(out[0], out[1])
