@@ -4,6 +4,9 @@ from comfy_api.latest import ComfyExtension, io
 
 from .nodes import NODES
 
+# Holds docs/NodeId.md, which ComfyUI shows as the help of a node; no JavaScript.
+WEB_DIRECTORY = "docs"
+
 
 class FrameThrift(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

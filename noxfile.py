@@ -126,6 +126,13 @@ def mutants(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def docs(session: nox.Session) -> None:
+    """Writes README.md, docs/ and tiny_ltx/README.md from benchmarks/pages/ and the JSONs beside it."""
+    prepare(session)
+    run(session, "benchmarks/render.py")
+
+
+@nox.session(python=False)
 def lint(session: nox.Session) -> None:
     """ruff (lint and format) and mypy."""
     prepare(session)

@@ -39,6 +39,7 @@ from overhead import Ticks
 from sampling import draw_noise, patch, sample_stage
 from throttle import throttled
 
+from tiny_ltx.captions import CAPTION_TOKENS
 from tiny_ltx.model import TEACHER_RECIPE, load_model
 
 HERE = Path(__file__).resolve().parent
@@ -68,7 +69,7 @@ class Captured:
         sigmas = TEACHER_RECIPE.sigmas
         self.kept = [sigmas[round(i * (len(sigmas) - 2) / (SIGMAS - 1))] for i in range(SIGMAS)]
         noise = draw_noise(clips, frames, 0)
-        ids = torch.zeros(clips, 4, dtype=torch.int64)
+        ids = torch.zeros(clips, CAPTION_TOKENS, dtype=torch.int64)
         ids[:, 0] = torch.arange(clips) % 4
         model = load_model().clone()
         model.model_options.setdefault("transformer_options", {})[SLOT] = self.keep

@@ -91,7 +91,7 @@ class PriceList:
     """Prices forwards and remembers them in `known`: clip name, then the nodes that act, to FLOPs.
 
     Blocks at the edges cost something else than blocks in the middle, so the model is as deep as the tiny one,
-    and its blocks count `ltx2.BLOCKS` / `blocks` times: one dense block of 8 stands for 6 of 48.
+    and its blocks count `ltx2.BLOCKS` / `blocks` times: one dense block of 12 stands for 4 of 48.
     """
 
     def __init__(self, pack: str, blocks: int, known: dict[str, dict[str, float]]) -> None:

@@ -34,17 +34,20 @@ from rows import DENSE, PESSIMIST, ROWS, STUDENT, TEACHER, Row
 from sampling import FPS, Stage, decode, sample_clips
 
 from tiny_ltx.captions import SPEEDS
-from tiny_ltx.clips import draw_clips, draw_ids
+from tiny_ltx.clips import SMALL, draw_clips, draw_ids
 from tiny_ltx.codec import Codec
-from tiny_ltx.model import HERE as TINY
-from tiny_ltx.model import STUDENT_RECIPE, TEACHER_RECIPE, TRANSFORMER_CONFIG, load_model
+from tiny_ltx.model import (
+    BASE,
+    STUDENT_RECIPE,
+    TEACHER_RECIPE,
+    TRANSFORMER_CONFIG,
+    file_of,
+    load_model,
+)
+from tiny_ltx.model import MODELS as PARTS
 from tiny_ltx.probe import frechet_distance, load_probe, read_clips
 
-MODELS = {
-    TEACHER: (TINY / "weights.safetensors", TEACHER_RECIPE),
-    STUDENT: (TINY / "student" / "weights.safetensors", STUDENT_RECIPE),
-    PESSIMIST: (TINY / "pessimist" / "weights.safetensors", TEACHER_RECIPE),
-}
+MODELS = {TEACHER: TEACHER_RECIPE, STUDENT: STUDENT_RECIPE, PESSIMIST: TEACHER_RECIPE}
 LENGTHS = (13, 25)
 SEEDS = (0, 1, 2)
 # The sizes at which a row's FLOPs are counted.
@@ -69,11 +72,12 @@ class Judge:
         self._real: dict[tuple[int, int], dict[str, Any]] = {}
 
     def read(self, pixels: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
-        """Figures of clips of captions ids [B, 4], and their features [views, B, 128]."""
+        """Figures of clips of captions ids [B, 5], and their features [views, B, 128]."""
         pixels = pixels.to(self.device)
         fps = pixels.new_full((pixels.shape[0],), FPS)
         views = [read_clips(self.probe, pixels[:, first:], fps) for first in range(max(VIEWS.values()))]
-        right = views[0][0].cpu() == ids
+        words = views[0][0].cpu()
+        right = words == ids[:, : words.shape[1]]
         return {
             "features": torch.stack([features for _, features in views]).cpu(),
             "drift": metrics.drift(pixels).mean().item(),
@@ -95,7 +99,9 @@ class Judge:
                 drawn = draw_clips(
                     self.clips, latent_frames, generator, ids=ids.to(self.device), fps=fps
                 ).pixels
-                reads.append(self.read(decode(codec.encode_pixels(drawn[:, None]) * codec.signal), ids))
+                reads.append(
+                    self.read(decode(codec.encode_pixels(drawn[:, None]) * codec.signal(SMALL)), ids)
+                )
             figures = {
                 name: statistics.mean(read[name] for read in reads)
                 for name in ("drift", "acceleration", "caption", "speed")
@@ -176,8 +182,10 @@ def is_complete(entry: dict[str, Any]) -> bool:
     return "frechet_all" in entry["figures"] or not needs_all
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def digest(model: str) -> str:
+    """Of all files that make this model."""
+    files = [file_of(part) for part in (BASE, *PARTS[model])]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -190,8 +198,7 @@ def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
     judge = Judge(per_seed, device)
     real: dict[int, dict[str, Any]] = {}
     for name in options.models:
-        weights, recipe = MODELS[name]
-        model, weights_digest = load_model(weights), digest(weights)
+        recipe, model, weights_digest = MODELS[name], load_model(name), digest(name)
         dense: dict[int, list[torch.Tensor]] = {}
         stages: dict[Hashable, Stage] = {}
         for row in ROWS:
@@ -282,7 +289,7 @@ def price_rows(report: dict[str, Any]) -> None:
     """
     prices = PriceList(PACK, TRANSFORMER_CONFIG["num_layers"], report["flops_of_a_forward"])
     for entry in report["rows"]:
-        definition, recipe = entry["definition"], MODELS[entry["model"]][1]
+        definition, recipe = entry["definition"], MODELS[entry["model"]]
         passes = 1 if recipe.cfg == 1 else 2
         striding = definition.get("striding")
         entry["cost"] = {}

@@ -11,13 +11,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tiny_ltx.model import STUDENT_RECIPE
-
 TEACHER, STUDENT, PESSIMIST = "teacher", "student", "pessimist"
 BOTH = (TEACHER, STUDENT)
 ALL = (TEACHER, STUDENT, PESSIMIST)
 
-UNIFORM, TAIL, HEAD = "uniform", "tail", "head"
+UNIFORM, TAIL = "uniform", "tail"
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,7 @@ class Row:
             return own
         if self.merged == UNIFORM:
             return resampled(own, self.steps, shift)
-        flipped = self.merged == HEAD
-        line = list(own[::-1] if flipped else own)
-        line = merged_from_end(line, self.steps)
-        return tuple(line[::-1] if flipped else line)
+        return tuple(merged_from_end(list(own), self.steps))
 
 
 def resampled(sigmas: tuple[float, ...], steps: int, shift: float) -> tuple[float, ...]:
@@ -139,7 +134,7 @@ def strided(
 
 
 def fewer(model: str, counts: Iterable[int], merged: str) -> list[Row]:
-    names = {UNIFORM: "", TAIL: ", larger at the end", HEAD: ", larger at the start"}
+    names = {UNIFORM: "", TAIL: ", larger at the end"}
     return [
         Row(f"{n} steps{names[merged]}", "fewer steps", steps=n, merged=merged, models=(model,))
         for n in counts
@@ -260,123 +255,73 @@ def cached(model: str, threshold: float, then: Row | None = None) -> Row:
     return Row(name, kind, nodes, models=(model,))
 
 
-METHODS = ("motion", "linear", "smooth", "optical_flow")
-STRIDES = (2, 3, 4)
-NEVER = 16
 FP8 = "fp8_e4m3fn"
+NEVER = 16
 WORK, BLOCKS, ATTENTION = "per-frame work", "whole blocks", "spatial attention"
-STARTS = (0.2, 0.4, 0.6, 0.75)
 DENSE = Row("dense", "dense", models=ALL)
+WINDOWS = (
+    window(2, 1),
+    window(4, 1),
+    window(4, 1, edge=1),
+    window(4, 1, start=0.25),
+    window(4, 1, start=0.5),
+)
 LONG_CLIP_WINDOW = window(4, 1, edge=1).nodes
 
 ROWS: tuple[Row, ...] = (
     DENSE,
-    *fewer(TEACHER, (20, 16, 12, 8, 6), UNIFORM),
-    *(window(size, sink) for size in (1, 2, 4) for sink in (0, 1)),
-    *(cached(TEACHER, threshold) for threshold in (0.012, 0.024, 0.05)),
-    *(cached(STUDENT, threshold) for threshold in (0.02, 0.05, 0.2)),
-    *fewer(STUDENT, (7, 6, 5, 4, 3), UNIFORM),
-    *fewer(STUDENT, (7, 6, 5, 4, 3), TAIL),
-    *fewer(STUDENT, (7, 6, 5, 4, 3), HEAD),
-    *fewer(TEACHER, (23, 22, 20, 18, 16, 14), TAIL),
-    *fewer(TEACHER, (23, 22, 18, 14, 10), UNIFORM),
-    *fewer(TEACHER, (10, 8), TAIL),
-    Row("8 steps, LTX-2's distilled sigmas", "fewer steps", sigmas=STUDENT_RECIPE.sigmas, models=(TEACHER,)),
-    *fewer(TEACHER, (48,), UNIFORM),
-    *(window(size, sink, edge=1) for size in (1, 2, 4) for sink in (0, 1)),
-    *(window(size, sink, start=0.25) for size in (1, 2, 4) for sink in (0, 1)),
-    *(window(size, sink, start=0.25, edge=1) for size in (1, 2, 4) for sink in (0, 1)),
-    *(window(size, 1, start=0.5) for size in (1, 2, 4)),
-    cached(TEACHER, 0.024, window(4, 1, start=0.5)),
-    cached(STUDENT, 0.05, window(4, 1, start=0.5)),
+    *fewer(TEACHER, (20, 16, 12, 8, 6, 4), UNIFORM),
+    *fewer(TEACHER, (22, 18, 14, 10), TAIL),
+    *fewer(STUDENT, (6, 5, 4, 3, 2), UNIFORM),
+    *fewer(STUDENT, (7, 6, 5, 4), TAIL),
+    *fewer(PESSIMIST, (12, 8, 4), UNIFORM),
+    *WINDOWS,
+    *(cached(TEACHER, threshold) for threshold in (0.024, 0.05)),
+    cached(STUDENT, 0.05),
+    *(strided(stride) for stride in (2, 4)),
+    strided(3, models=BOTH),
     *(
-        strided(stride, method, has_vae=has_vae, is_stretched=is_stretched)
-        for method in METHODS
-        for is_stretched in (True, False)
-        for has_vae in (True, False)
-        for stride in STRIDES
+        strided(stride, method, models=(TEACHER,))
+        for stride in (2, 4)
+        for method in ("linear", "optical_flow")
     ),
+    strided(2, models=(TEACHER,), has_vae=False),
+    strided(2, models=(TEACHER,), is_stretched=False),
+    strided(2, steps=12, models=(TEACHER,)),
+    *(strided(stride, steps=8, again_from=0.8, models=(TEACHER,)) for stride in (2, 3, 4)),
+    strided(4, steps=8, again_from=0.7, models=(TEACHER,)),
+    strided(2, steps=12, again_from=0.7, models=(TEACHER,)),
+    strided(2, again_from=0.7, models=BOTH),
+    strided(2, again_from=0.7, nodes=LONG_CLIP_WINDOW, models=(TEACHER,)),
+    strided(2, until=0.75),
+    strided(2, until=0.9, models=(PESSIMIST,)),
+    strided(2, until=0.75, nodes=LONG_CLIP_WINDOW, models=(TEACHER,)),
     *(
-        frozen(scope, forecast, start, every)
-        for every in (2, 3, NEVER)
-        for start in STARTS
-        for forecast in ("linear", "hold")
-        for scope in (WORK, BLOCKS)
+        strided(stride, steps=steps, until=0.75, models=(TEACHER,))
+        for stride, steps in ((2, 16), (3, 12), (4, 8))
     ),
+    *(strided(2, models=(TEACHER,), tokens=frames * 880) for frames in (16, 9)),
     *(
-        frozen(scope, "linear", start, every, end)
-        for start, end in ((0.1, 0.75), (0.2, 0.75))
-        for every in (2, 3, 4)
-        for scope in (WORK, BLOCKS)
+        frozen(BLOCKS, "linear", start, every)
+        for start, every in ((0.2, 2), (0.2, 3), (0.4, 2), (0.4, 3), (0.6, 3), (0.4, NEVER))
     ),
+    frozen(BLOCKS, "linear", 0.4, 3, precision=FP8),
+    frozen(BLOCKS, "hold", 0.4, 3),
+    frozen(WORK, "linear", 0.4, 3),
+    frozen(ATTENTION, "hold", 0.4, 3),
+    frozen(BLOCKS, "linear", 0.4, 2, then=window(4, 1, start=0.5)),
+    *(frozen(BLOCKS, forecast, 0.2, 2, models=(STUDENT,)) for forecast in ("linear", "hold")),
+    frozen(BLOCKS, "linear", 0.0, 2, models=(STUDENT,)),
+    frozen(WORK, "linear", 0.2, 2, models=(STUDENT,)),
     *(
-        frozen(scope, forecast, start, every, models=(STUDENT,))
-        for start, every in ((0.0, 2), (0.0, 3), (0.0, NEVER), (0.2, 2))
-        for forecast in ("linear", "hold")
-        for scope in (WORK, BLOCKS)
+        pooled(1, 2, edge=edge, start=start)
+        for edge, start in ((0, 0.0), (1, 0.0), (1, 0.25), (2, 0.25), (1, 0.4))
     ),
-    *(
-        frozen(BLOCKS, "linear", start, every, precision=FP8)
-        for start, every in ((0.2, 2), (0.2, 3), (0.4, 3))
-    ),
-    frozen(WORK, "linear", 0.4, 3, precision=FP8),
-    *(frozen(scope, "linear", 0.4, 2, then=window(4, 1, start=0.5)) for scope in (WORK, BLOCKS)),
-    *fewer(PESSIMIST, (12, 8, 6, 5, 4, 3), UNIFORM),
-    *fewer(TEACHER, (5, 4, 3), UNIFORM),
-    *fewer(STUDENT, (2, 1), UNIFORM),
-    *(strided(2, until=sigma) for sigma in (0.9, 0.75, 0.5)),
-    strided(2, until=0.3, models=(TEACHER,)),
-    Row("LTXVScheduler for 16×880", "schedule", sigmas=scheduled_for(16 * 880), models=(TEACHER,)),
-    strided(2, models=(TEACHER,), tokens=16 * 880),
-    strided(2, models=(TEACHER,), tokens=9 * 880),
-    *(strided(2, models=(TEACHER,), tokens=16 * 880, until=sigma) for sigma in (0.9, 0.75, 0.5)),
-    strided(2, models=(TEACHER,), tokens=16 * 880, again_from=0.7),
-    *(strided(2, again_from=sigma) for sigma in (0.9, 0.7, 0.5)),
-    *(
-        strided(stride, again_from=sigma, steps=steps, models=(TEACHER,))
-        for steps in (16, 12, 8)
-        for stride in STRIDES
-        for sigma in (0.7, 0.5)
-    ),
-    *(strided(stride, again_from=0.8, steps=8, models=(TEACHER,)) for stride in STRIDES),
-    *(strided(stride, steps=steps, models=(TEACHER,)) for stride in STRIDES for steps in (16, 12, 8)),
-    *(strided(stride, until=0.9, models=BOTH) for stride in (3, 4)),
-    strided(2, until=0.75, nodes=LONG_CLIP_WINDOW, models=BOTH),
-    *(strided(2, again_from=sigma, nodes=LONG_CLIP_WINDOW, models=BOTH) for sigma in (0.9, 0.7, 0.5)),
-    *(
-        strided(stride, steps=steps, until=sigma, models=(TEACHER,))
-        for stride, counts in ((2, (20, 16)), (3, (16, 12)), (4, (12, 8)))
-        for steps in counts
-        for sigma in (0.75, 0.5, 0.3)
-    ),
-    *(
-        frozen(ATTENTION, forecast, start, every)
-        for every in (2, 3, NEVER)
-        for start in STARTS
-        for forecast in ("linear", "hold")
-    ),
-    frozen(ATTENTION, "hold", 0.0, 2, models=(STUDENT,)),
-    *(frozen(ATTENTION, forecast, 0.2, 2, models=(STUDENT,)) for forecast in ("linear", "hold")),
-    *(
-        pooled(near, pool, spatial, edge, start)
-        for start in (0.25, 0.0)
-        for edge in (1, 0)
-        for spatial in (1, 2)
-        for pool in (2, 4)
-        for near in (1, 2)
-    ),
-    *(pooled(1, 2, edge=edge, start=start) for edge, start in ((1, 0.4), (2, 0.25), (2, 0.0))),
-    pooled(4, 2, edge=1, start=0.25),
-    *(pooled(1, 2, edge=1, start=start, beyond=4) for start in (0.25, 0.0)),
-    *(
-        routed(keep, edge=edge, start=start)
-        for edge, start in ((1, 0.25), (0, 0.0))
-        for keep in (0.1, 0.2, 0.3, 0.5)
-    ),
-    *(
-        routed(threshold=threshold, edge=edge, start=start)
-        for edge, start in ((1, 0.25), (0, 0.0))
-        for threshold in (0.5, 1.0)
-    ),
-    *(attending_in(dtype, which) for dtype in ("fp16", "bf16") for which in ("self", "text", "both")),
+    pooled(2, 2, edge=1, start=0.25),
+    pooled(1, 2, spatial=2, edge=1, start=0.25),
+    pooled(1, 4, edge=1, start=0.25),
+    pooled(1, 2, edge=1, start=0.25, beyond=4),
+    *(routed(keep, edge=1, start=0.25) for keep in (0.1, 0.3, 0.5)),
+    *(attending_in("fp16", which) for which in ("self", "text", "both")),
+    attending_in("bf16", "both"),
 )

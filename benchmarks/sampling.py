@@ -80,7 +80,7 @@ class ExecutedSteps:
 
 
 def conditioning(ids: torch.Tensor) -> tuple[Any, Any]:
-    """(positive, negative) CONDITIONING of captions ids [B, 4]."""
+    """(positive, negative) CONDITIONING of captions ids [B, 5]."""
     count = ids.shape[0]
     mask = torch.ones(count, CAPTION_TOKENS, dtype=torch.int64)
     values = {"pooled_output": None, "attention_mask": mask, "frame_rate": FPS}
@@ -141,7 +141,7 @@ def sample_clips(
     seed: int,
     strided_stages: dict[Hashable, Stage] | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Pixels [B, F, 32, 32] of captions ids [B, 4], and what of the schedule was executed and covered.
+    """Pixels [B, F, 32, 32] of captions ids [B, 5], and what of the schedule was executed and covered.
 
     strided_stages: what strided samplers of this model gave before, for rows that only fill in otherwise.
     """

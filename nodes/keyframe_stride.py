@@ -34,11 +34,11 @@ class KeyframeStride(io.ComfyNode):
                 "frame rate divided by stride, and everything in a step gets cheaper by about that factor. It is "
                 "exactly the stock graph with a shorter latent and a lower frame rate. In-between frames come from "
                 "Latent Flow Interpolate or a frame interpolation model. Behind a finished first stage, with vae, it leaves the "
-                "second every stride-th frame to refine. In our measurements stride 2 stayed closer to "
-                "real clips than fewer steps at the same cost; 8 instead of 24 steps, filled in and refined at full length "
-                "from noise level 0.8 on, came nearer than full sampling for two fifths of its FLOPs. It is another "
-                "clip than the full one, not a preview of it, and depends on how well the weights know low frame rates; "
-                "from stride 4 on fast motion suffers most."
+                "second every stride-th frame to refine. In our measurements of one stage stride 2 was as close to real "
+                "clips as fewer steps at the same cost on short clips, and closer on long ones and with few-step weights; "
+                "between two stages it lost more than a step less of the second did. It is another clip than the full "
+                "one, not a preview of it, and depends on how well the weights know low frame rates; from stride 4 on "
+                "fast motion suffers most."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="An LTX-Video or LTX-2 model. It is cloned, not changed."),

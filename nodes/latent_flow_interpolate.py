@@ -25,7 +25,7 @@ class LatentFlowInterpolate(io.ComfyNode):
                 "Brings a latent from Keyframe Stride back to its full length. With vae the frames in between are made "
                 "on decoded frames, which is right about the eight frames inside a latent frame; it costs a decode and, "
                 "unless encode is off, an encode. Without vae the latents themselves are mixed: quick, and only good "
-                "for a preview. Behind it a sampler may refine the clip: in our measurements best from noise level 0.7 or 0.8."
+                "for a preview. Behind it a sampler may refine the clip, from noise level 0.7 or 0.8 on."
             ),
             inputs=[
                 io.Latent.Input(

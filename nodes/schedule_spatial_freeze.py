@@ -24,8 +24,8 @@ class ScheduleSpatialFreeze(io.ComfyNode):
                 "LTX-Video and LTX-2. In a part of the schedule only every n-th step is computed in full; the others "
                 "reuse what it left. The first step of that part and the last of the schedule are always full. In our "
                 "measurements with 24 Euler steps, whole blocks with a linear forecast came closer to the full result than "
-                "fewer steps at the same cost, and than EasyCache; the other scopes and hold hardly did. On 8-step "
-                "distilled schedules it lost: leave out early steps there. Other models run unchanged."
+                "fewer steps at the same cost, and than EasyCache; the other scopes and hold did not. On 8-step "
+                "distilled schedules little can freeze: leave out early steps there. Other models run unchanged."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="An LTX-Video or LTX-2 model. It is cloned, not changed."),

@@ -1,6 +1,6 @@
 """A small RAFT for tests: torchvision's raft_small trained on layers of moving textures, in minutes on one GPU.
 
-    python -m tiny_ltx.flow [--seconds 240] [--out tiny_ltx/raft_small.safetensors]
+    python -m tiny_ltx.flow [--seconds 240] [--out tiny_ltx/weights/raft_small.safetensors]
 
 It stands in for torchvision's weights where nothing can be downloaded. Pairs are 128 x 128: a textured background
 and up to three textured shapes, each under its own shift, turn and zoom, so that the flow is known exactly.
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
-WEIGHTS = HERE / "raft_small.safetensors"
+WEIGHTS = HERE / "weights" / "raft_small.safetensors"
 SIZE = 128
 LAYERS = 4
 LARGEST_SHIFT = 24.0

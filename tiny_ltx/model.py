@@ -13,21 +13,31 @@ import torch
 from .captions import CAPTION_CHANNELS, CAPTION_TOKENS, caption_ids, embed_captions
 
 HERE = Path(__file__).resolve().parent
-WEIGHTS = HERE / "weights.safetensors"
+WEIGHTS = HERE / "weights"
+BASE = "base"
+# Every model is the base with these differences of low rank on top, in this order. The base saw 20 to 30 frames a second
+# only; the student samples small clips in 8 steps, the refiner large ones in the last 3.
+MODELS: dict[str, tuple[str, ...]] = {
+    "pessimist": (),
+    "teacher": ("low_rates",),
+    "student": ("low_rates", "student"),
+    "refiner": ("low_rates", "refiner"),
+}
 
 # What ComfyUI's LTXVModel is built with; written into the weights file, where ComfyUI's detection reads it.
 TRANSFORMER_CONFIG: dict[str, Any] = {
-    "num_layers": 8,
-    "num_attention_heads": 4,
+    "num_layers": 12,
+    "num_attention_heads": 3,
     "attention_head_dim": 64,
-    "cross_attention_dim": 256,
+    "cross_attention_dim": 192,
     "caption_channels": CAPTION_CHANNELS,
     "in_channels": 128,
     "causal_temporal_positioning": True,
     "use_middle_indices_grid": True,
 }
+PREFIX, DOWN, UP = "diffusion_model.", ".lora_A.weight", ".lora_B.weight"
 # The schedule shift the model was judged at; ComfyUI's LTXV takes its logarithm.
-SHIFT = 3.0
+SHIFT = 6.0
 
 
 @dataclass(frozen=True)
@@ -45,25 +55,53 @@ def shifted_sigmas(steps: int) -> tuple[float, ...]:
 
 
 TEACHER_RECIPE = Recipe(shifted_sigmas(24), 2.0)
+# Guidance of models of many steps where they refine: at 2 they come out with four fifths of the detail.
+REFINING_CFG = 4.0
 # The published sigmas of LTX-2's distilled weights, run without CFG.
 STUDENT_RECIPE = Recipe((1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0), 1.0)
+
+# The second stage, on an upscaled clip: LTX-2's own, that of LTX-2.3 and 2.5, and the makers' shortest.
+REFINER_SIGMAS: dict[str, tuple[float, ...]] = {
+    "ltx-2": (0.909375, 0.725, 0.421875, 0.0),
+    "ltx-2.3": (0.85, 0.725, 0.4219, 0.0),
+    "two steps": (0.625, 0.4, 0.0),
+}
 
 Conditioning = list[list[Any]]
 
 
-def read_weights(path: Path = WEIGHTS) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """State dict and transformer config of a weights file."""
+def file_of(part: str) -> Path:
+    return WEIGHTS / f"{part}.safetensors"
+
+
+def read_weights(name: str = "teacher") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """State dict, in float32, and transformer config of one of MODELS."""
     from safetensors import safe_open
 
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"The tiny model's weights are not there: expected {path}. Train them with: "
-            "python -m tiny_ltx.train (a quarter of an hour on one GPU, see tiny_ltx/README.md)."
-        )
-    with safe_open(str(path), framework="pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}
+    if name not in MODELS:
+        raise ValueError(f"name must be one of {', '.join(MODELS)}; got {name!r}.")
+    paths = [file_of(part) for part in (BASE, *MODELS[name])]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"The tiny model's weights are not there: expected {path}. Train them as tiny_ltx/README.md says."
+            )
+    with safe_open(str(paths[0]), framework="pt") as file:
+        state = {key: file.get_tensor(key).float() for key in file.keys()}
         metadata = file.metadata() or {}
+    for path in paths[1:]:
+        with safe_open(str(path), framework="pt") as file:
+            add_difference(state, {key: file.get_tensor(key).float() for key in file.keys()})
     return state, json.loads(metadata["config"])["transformer"]
+
+
+def add_difference(state: dict[str, torch.Tensor], difference: dict[str, torch.Tensor]) -> None:
+    """Adds a LoRA's low-rank products, keyed as ComfyUI's own LoRA loader reads them, to the weights of `state`."""
+    for key, down in difference.items():
+        if key.endswith(DOWN):
+            name = key.removeprefix(PREFIX).removesuffix(DOWN)
+            weight = state[f"{name}.weight"]
+            state[f"{name}.weight"] = weight + difference[f"{PREFIX}{name}{UP}"] @ down
 
 
 def build_patcher(state: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
@@ -87,11 +125,11 @@ def build_patcher(state: dict[str, torch.Tensor], config: dict[str, Any]) -> Any
     )
 
 
-def load_model(weights: str | Path | None = None) -> Any:
-    """The trained model as a ComfyUI ModelPatcher (MODEL). Works in-process from ComfyUI 0.9.2 on."""
-    patcher = build_patcher(*read_weights(Path(weights) if weights is not None else WEIGHTS))
+def load_model(name: str = "teacher") -> Any:
+    """One of MODELS as a ComfyUI ModelPatcher (MODEL). Works in-process from ComfyUI 0.9.2 on."""
+    patcher = build_patcher(*read_weights(name))
     # From here ComfyUI's multi-GPU nodes load the copies they sample on.
-    patcher.cached_patcher_init = (load_model, (weights,))
+    patcher.cached_patcher_init = (load_model, (name,))
     return patcher
 
 
@@ -107,9 +145,11 @@ def _conditioning(context: torch.Tensor) -> Conditioning:
     return [[context, {"pooled_output": None, "attention_mask": mask}]]
 
 
-def encode_caption(shape: str, direction: str, speed: str, second_shape: str = "none") -> Conditioning:
-    """CONDITIONING of one caption: context [1, 4, 32] and its attention mask [1, 4]."""
-    ids = torch.tensor([caption_ids(shape, direction, speed, second_shape)])
+def encode_caption(
+    shape: str, direction: str, speed: str, second_shape: str = "none", texture: str = "plain"
+) -> Conditioning:
+    """CONDITIONING of one caption: context [1, 5, 32] and its attention mask [1, 5]."""
+    ids = torch.tensor([caption_ids(shape, direction, speed, second_shape, texture)])
     return _conditioning(embed_captions(ids))
 
 

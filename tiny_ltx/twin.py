@@ -1,13 +1,14 @@
 """Training-side forward of ComfyUI's LTXVModel: the same modules, no in-place updates, clips of mixed length.
 
-The stock blocks update their input in place, which autograd refuses. Here every latent frame is a row of 64
-tokens, so clips of all lengths go through the linear layers together and part only for self-attention.
+The stock blocks update their input in place, which autograd refuses. Here every latent frame is a row of tokens, so clips
+of one size and all lengths go through the linear layers together and part only for self-attention.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ class Twin:
     ) -> torch.Tensor:
         """Velocity of noisy rows [all frames, h w, 128].
 
-        sigma: [all frames], one noise level per latent frame. context: [clips, 4, 32]. fps: [clips].
+        sigma: [all frames], one noise level per latent frame. context: [clips, 5, 32]. fps: [clips].
         """
         model = self.model
         cos, sin = self.rotation(fps)
@@ -170,10 +171,9 @@ class Twin:
         text = model.caption_projection(context)
         x = model.patchify_proj(rows)
         for block in model.transformer_blocks:
-            weights = dict(block.named_parameters())
-            x = self.block(
-                x, modulation, text, self.frame_clip, cos, sin, *(weights[name] for name in _BLOCK_WEIGHTS)
-            )
+            # By attribute: a weight may be made of others, as that of a low-rank difference is.
+            weights = (attrgetter(name)(block) for name in _BLOCK_WEIGHTS)
+            x = self.block(x, modulation, text, self.frame_clip, cos, sin, *weights)
         shift, scale = (model.scale_shift_table[None, None] + embedded[:, None, None]).unbind(dim=2)
         x = F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale) + shift
         return model.proj_out(x)
@@ -195,7 +195,7 @@ def check_twin(model: Any, device: torch.device) -> float:
         torch.randn(clips, model.in_channels, frames, 2, 3, generator=generator, device=device)
         for clips, frames in groups
     ]
-    context = torch.randn(3, 4, model.caption_channels, generator=generator, device=device)
+    context = torch.randn(3, 5, model.caption_channels, generator=generator, device=device)
     fps = torch.tensor([24.0, 24.0, 7.0], device=device)
     sigma = torch.tensor([0.3, 0.9, 0.6], device=device)
     ours = twin.unpack(twin(twin.pack(latents), sigma[twin.frame_clip], context, fps))

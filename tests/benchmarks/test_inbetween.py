@@ -50,25 +50,15 @@ def test_a_row_is_measured_as_the_node_makes_it(script, monkeypatch):
     )
 
 
-def test_what_readme_says_of_film(script, pack):
+def test_what_the_pages_say_of_film(script, pack):
     report = json.loads((pack.root / "benchmarks" / "inbetween.json").read_text(encoding="utf-8"))
     rows = [
         row for row in report["rows"] if row["method"] == "guided" and row["reference"] not in script.WRONG
     ]
     gains = {(row["segment"], row["gap"], row["reference"]): script.gain(report, row) for row in rows}
-    text = (pack.root / "README.md").read_text(encoding="utf-8")
-    fast, slow = (
-        [f"{gains[segment, gap, 'clean']:.1f}" for gap in (2, 4, 8)]
-        for segment in ("Bunny, fast", "bikes, cyclist")
-    )
-    assert (
-        f"by {fast[0]}, {fast[1]} and {fast[2]} dB" in text
-        and f"by {slow[0]}, {slow[1]} and {slow[2]}," in text
-    )
     assert len(rows) == 12 * 3 * 9, "every window, gap and damage"
-    assert min(gains.values()) > -0.15 and "at most 0.1 dB\nbelow" in text
-    worst = min(found for key, found in gains.items() if key[2] == "clean")
-    assert f"worst of twelve clips by {worst:.1f}." in text
+    assert min(gains.values()) > -0.15
+    assert min(found for key, found in gains.items() if key[2] == "clean") > 0
     assert 0.79 < min(row["detail"] for row in rows) < 0.81
     every = [row for row in report["rows"] if row["method"] == "guided"]
     told = {

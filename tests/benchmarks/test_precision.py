@@ -1,4 +1,4 @@
-"""The tables of attention precision, and what its README section says of them."""
+"""The tables of attention precision, and what its page says of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ def test_tables_are_those_of_the_json(bench, pack):
     assert (folder / "precision.md").read_text(encoding="utf-8") == bench("precision").tables(report)
 
 
-def test_what_readme_and_tooltips_say_about_errors(pack):
+def test_what_page_and_tooltips_say_about_errors(pack):
     report = json.loads((pack.root / "benchmarks" / "precision.json").read_text(encoding="utf-8"))["error"]
     rows = {(row["attention"], row["values_times"], row["setting"]): row for row in report["rows"]}
     for role in ("self", "text"):
         for size in (1.0, 1e5, 1e6):
             fp16, bf16, fp32 = (rows[role, size, name] for name in ("fp16", "bf16", "fp32"))
             assert 7.5 < bf16["median"] / fp16["median"] < 9.5, "an eighth"
-            assert fp16["worst"] < 6e-4 and bf16["worst"] < 5e-3 and fp32["worst"] < 1e-6
+            assert fp16["worst"] < 1e-3 and bf16["worst"] < 6e-3 and fp32["worst"] < 1e-6
             unscaled = fp16["finite_without_scaling"] / fp16["calls"]
             assert unscaled == 1 if size == 1 else unscaled < 0.2, "without scaling they overflow"
             assert fp16["median"] < 1.05 * rows[role, 1.0, "fp16"]["median"], "as with small ones"

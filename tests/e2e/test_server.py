@@ -47,6 +47,16 @@ def test_object_info_shows_every_input_with_tooltip_and_range(object_info: dict[
     assert inputs["dense_blocks"][1]["advanced"] is True
 
 
+def test_every_node_has_help(server: Any, object_info: dict[str, Any]) -> None:
+    """Where the frontend looks for it: in the web folder of the pack that the node is of."""
+    ours = {name: info for name, info in object_info.items() if info["category"] == "FrameThrift"}
+    assert len(ours) >= 9
+    for name, info in ours.items():
+        folder = info["python_module"].removeprefix("custom_nodes.")
+        status, page = server.request("GET", f"/extensions/{folder}/docs/{name}.md")
+        assert status == 200 and page.decode().startswith(f"# {info['display_name']}\n"), name
+
+
 def test_graph_runs_and_the_log_says_what_the_window_did(server: Any, graphs: Any, new_log: Any) -> None:
     steps = []
     graph = graphs.build_graph(NARROW, seed=11, **SMALL)
