@@ -288,7 +288,11 @@ def measure(options: argparse.Namespace, known: set[tuple[Any, ...]]) -> Iterato
                 comparison = told.call_args.args[0]
                 row["shift"] = max(comparison.shifts.values(), default=0.0)
                 row["unlike"] = max(comparison.unlike.values(), default=0.0)
-                row |= {"lag": comparison.lag, "late": comparison.late, "followed": comparison.followed}
+                row |= {
+                    "lag": comparison.lag,
+                    "late": comparison.late.get(0, 0),
+                    "followed": comparison.followed,
+                }
             yield row
 
 

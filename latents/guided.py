@@ -8,6 +8,7 @@ result is made to show small what the reference shows, as far as that is known t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -59,13 +60,14 @@ GRAIN = 2 * STEP
 DOUBT = 2.0
 ROUNDING = STEP / 3
 # What lives at the same time, at most, for every place and channel of a picture, and for every place of the smaller ones.
-NUMBERS_PER_CHANNEL = 16
+NUMBERS_PER_CHANNEL = 19
 # A reference that leaves more than this share of a keyframe's contrast shows something else.
 UNLIKE = 0.5
 # Gaps go together up to so many places of their keyframes: one gap of a large clip, several of small clips.
 PLACES_AT_ONCE = 3 * 2**19
 # One is late, or early, if its pictures up to so many before or after the right ones leave LAG times less of the keyframes,
-# in the mean over those, of which each has one vote: no more than a factor of e ** VOTE.
+# in the mean over those, of which each has one vote: no more than a factor of e ** VOTE. Of three or more, one alone decides
+# nothing: a second one has to gain half as much at least.
 EARLIER = 4
 VOTE = 0.7
 LAG = 1.15
@@ -355,17 +357,18 @@ class Comparison:
     unlike: dict[int, float] = field(default_factory=dict)
     # Pictures of all items together.
     followed: int = 0
-    # By so many frames, where `lag` is more than LAG.
-    late: int = 0
+    # Items of the batch whose reference is late, by so many frames; the largest `lag` of all.
+    late: dict[int, int] = field(default_factory=dict)
     lag: float = 0.0
 
     def note(self, times: list[int], ends: Keyframe) -> torch.Tensor:
-        """`unlike` of the keyframes at these times [len(times), B], on the CPU."""
+        """`unlike` of the keyframes at these times [len(times), B], on the CPU. Late items are told of elsewhere."""
         shifts = 2 * ends.shift.square().sum(dim=1).mean(dim=(1, 2)).sqrt()
         # One look at the device for all of them.
         shifts, unlike = torch.stack((shifts, ends.unlike)).cpu().unflatten(1, (len(times), -1))
-        self.shifts |= dict(zip(times, shifts.amax(dim=1).tolist(), strict=True))
-        self.unlike |= dict(zip(times, unlike.amax(dim=1).tolist(), strict=True))
+        in_time = [item for item in range(unlike.shape[1]) if item not in self.late]
+        self.shifts |= dict(zip(times, shifts[:, in_time].amax(dim=1).tolist(), strict=True))
+        self.unlike |= dict(zip(times, unlike[:, in_time].amax(dim=1).tolist(), strict=True))
         return unlike
 
     @property
@@ -376,7 +379,7 @@ class Comparison:
 # The place of a keyframe, and the times from there to the next.
 Gap = tuple[int, list[int]]
 # The pictures at these rising times, made of the keyframes alone, of the items of the batch at these places.
-Blind = Callable[[list[int], list[int]], dict[int, torch.Tensor]]
+Blind = Callable[[list[int], list[int]], Iterator[torch.Tensor]]
 
 
 def follow(
@@ -413,8 +416,9 @@ def follow(
     whole = [k for k in range(last + 1) if is_known[k]]
     upsample = _fitted(whole, pictures, references, stride, device)
     late, lag = _lag(whole, pictures, reference, references, stride, upsample)
+    is_late = lag > LAG
     comparison.lag = float(lag.max())
-    comparison.late = int(late[lag.argmax()]) if comparison.lag > LAG else 0
+    comparison.late = {item: int(late[item]) for item in is_late.nonzero().flatten().tolist()}
     batch = len(clip)
     together = gaps_at_once(clip.shape)
     cuts = Cuts(pairs, last + 1, together)
@@ -424,7 +428,7 @@ def follow(
     def told(gap: Gap) -> tuple[int, ...]:
         """When the reference tells what happens in a gap, counted from its start."""
         place, times = gap
-        if not (is_known[place] and is_known[min(place + 1, last)]):
+        if is_late.all() or not (is_known[place] and is_known[min(place + 1, last)]):
             return ()
         return tuple(time - place * stride for time in times if time % stride and reference.is_known(time))
 
@@ -444,7 +448,7 @@ def follow(
         is_unlike = torch.zeros(len(gaps), batch, dtype=torch.bool)
         if offsets:
             is_unlike = torch.stack([torch.maximum(unlike[k], unlike[k + 1]) > UNLIKE for k in places])
-            is_unlike |= lag > LAG
+            is_unlike |= is_late
         guided = [k for k, all_unlike in zip(places, is_unlike.all(dim=1), strict=True) if not all_unlike]
         guided = guided if offsets else []
         comparison.followed += len(offsets) * int((~is_unlike).sum())
@@ -458,7 +462,8 @@ def follow(
         items = is_unlike.any(dim=0).nonzero().flatten().tolist()
         if any(time % stride not in offsets for time in blindly):
             items = list(range(batch))
-        made = blind(blindly, items) if blindly else {}
+        # Made as they are asked for, in this order.
+        made, are_made = iter(blind(blindly, items) if blindly else ()), set(blindly)
         followed: Iterator[tuple[int, torch.Tensor]] = iter(())
         if guided:
             is_cut = torch.cat(cuts.after(guided))
@@ -472,7 +477,7 @@ def follow(
                     yield time, clip[:, :, time // stride]
                     continue
                 if time % stride not in offsets or place not in guided:
-                    yield time, made.pop(time)
+                    yield time, next(made)
                     continue
                 while time not in done:
                     offset, pictures_there = next(followed)
@@ -482,9 +487,9 @@ def follow(
                         k * stride + offset: one for k, one in zip(guided, shown.split(batch), strict=True)
                     }
                 picture = done.pop(time)
-                if time in made:
+                if time in are_made:
                     is_blind = is_unlike[places.index(place)]
-                    picture[is_blind.to(picture.device)] = made.pop(time)[is_blind[items].to(picture.device)]
+                    picture[is_blind.to(picture.device)] = next(made)[is_blind[items].to(picture.device)]
                 yield time, picture
 
 
@@ -569,9 +574,11 @@ def _lag(
     A damaged reference still fits best at its own time, and where all stands still it fits as well at any.
     """
     moves = [step * reference.step for step in range(-EARLIER, EARLIER + 1) if step]
-    gains, votes, voters = (torch.zeros(len(moves), len(reference.pictures)) for _ in range(3))
+    gains, votes, voters, agreeing = (torch.zeros(len(moves), len(reference.pictures)) for _ in range(4))
     end = (reference.pictures.shape[2] - 1) * reference.step
-    for k in _some(places):
+    count = min(len(places), FITTED)
+    # From all over the clip, and as many as may be, so that each weighs little.
+    for k in (places[i * len(places) // count] for i in range(count)):
         small, time = F.avg_pool2d(pictures([k]), 2), k * stride
         some = [
             i for i, move in enumerate(moves) if 0 <= time + move <= end and reference.is_known(time + move)
@@ -588,8 +595,10 @@ def _lag(
         gains[some] += gain
         votes[some] += gain.clamp(-VOTE, VOTE)
         voters[some] += 1
+        agreeing[some] += (gain > math.log(LAG) / 2).float()
     best = (gains / voters.clamp(min=1)).argmax(dim=0, keepdim=True)
-    lag = (votes / voters.clamp(min=1)).gather(0, best).exp()
+    decides = (agreeing > 1) | (voters < 3)
+    lag = (votes / voters.clamp(min=1) * decides).gather(0, best).exp()
     return torch.tensor(moves)[best[0]], lag[0]
 
 

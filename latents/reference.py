@@ -81,13 +81,13 @@ def followed(
     wanted = list(range(0, total + reference.step - 1, reference.step))
     times = frame_times(clip.shape[2], stride)
 
-    def blind(some: list[int], items: list[int]) -> dict[int, torch.Tensor]:
+    def blind(some: list[int], items: list[int]) -> Iterator[torch.Tensor]:
         # With two gaps beside: cuts are told by the first, and slopes by the cuts there.
         around = slice(max(0, some[0] // stride - 2), some[-1] // stride + 4)
         part = clip[:, :, around] if len(items) == len(clip) else clip[items, :, around]
         at = torch.tensor(some, dtype=torch.float64)
-        made = in_between(part, times[around], at, method, estimate, device)
-        return {some[place]: picture for place, picture in made}
+        for _, picture in in_between(part, times[around], at, method, estimate, device):
+            yield picture
 
     bad = reference.bad
     if bad:
@@ -103,10 +103,10 @@ def followed(
         (time // reference.step, picture)
         for time, picture in follow(clip, stride, reference, wanted, blind, comparison, device)
     )
-    _tell(comparison, len(clip) * sum(time % stride > 0 for time in wanted))
+    _tell(comparison, len(clip), sum(time % stride > 0 for time in wanted))
 
 
-def _tell(comparison: Comparison, missing: int) -> None:
+def _tell(comparison: Comparison, clips: int, missing: int) -> None:
     shifts, unlike = list(comparison.shifts.values()), list(comparison.unlike.values())
     if unlike:
         logger.info(
@@ -118,16 +118,17 @@ def _tell(comparison: Comparison, missing: int) -> None:
             100 * sum(unlike) / len(unlike),
             100 * max(unlike),
             comparison.followed,
-            missing,
+            clips * missing,
         )
-    if comparison.late:
+    for item, late in comparison.late.items():
         logger.warning(
-            "FrameThrift: Latent Flow Interpolate: the keyframes fit what the reference shows about %d frame%s %s better than "
-            "what it shows at their own times. That clip's frames are made without it. Connect all frames of the first "
+            "FrameThrift: Latent Flow Interpolate: %sthe keyframes fit what the reference shows about %d frame%s %s better than "
+            "what it shows at their own times. Frames in between are made without it. Connect all frames of the first "
             "stage from its first one on, decoded before its latent was thinned.",
-            abs(comparison.late),
-            "s"[: abs(comparison.late) > 1],
-            "later" if comparison.late > 0 else "earlier",
+            f"clip {item + 1} of {clips}: " if clips > 1 else "",
+            abs(late),
+            "s"[: abs(late) > 1],
+            "later" if late > 0 else "earlier",
         )
     if comparison.disagreeing:
         far = comparison.disagreeing

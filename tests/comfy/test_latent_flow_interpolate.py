@@ -425,10 +425,10 @@ def shown_small(frames, size=32):
     )
 
 
-def there_and_back(frames=33, size=64, far=16):
-    """[F, H, W, 3]: a square that is back where it was at every eighth frame, over a pattern."""
+def there_and_back(frames=33, size=64, far=16, period=8):
+    """[F, H, W, 3]: a square that is back where it was every so many frames, over a pattern."""
     whole = moving(4 * far, size)
-    return whole[[round(far * (1 - abs(1 - f % 8 / 4))) for f in range(frames)]]
+    return whole[[round(far * (1 - abs(1 - f % period / (period / 2)))) for f in range(frames)]]
 
 
 @pytest.fixture
@@ -526,12 +526,30 @@ def test_a_reference_of_another_clip_warns_and_is_not_followed(node, strided, va
     assert "at keyframes 0, 2, 4" in warned and "more than 50 %" in warned and "Connect frames" in warned
 
 
-def test_a_late_reference_warns_and_is_not_followed(node, by_eights, vae, caplog):
-    reference = shown_small(there_and_back(65))[[max(0, f - 2) for f in range(65)]]
-    frames = node.execute(by_eights, "motion", vae=vae, encode=False, reference=reference).args[1]
-    assert torch.equal(frames, node.execute(by_eights, "motion", vae=vae, encode=False).args[1])
+def test_a_late_reference_warns_and_is_not_followed(node, stride_node, vae, caplog):
+    """Its keyframes are somewhere else each time. Elsewhere it is like another clip's, of which no second line tells."""
+    whole = there_and_back(65, period=26)
+    by_fours = stride_node.execute(any_model(), {"samples": vae.encode(whole)}, 4, vae=vae).args[1]
+    caplog.clear()
+    reference = shown_small(whole)[[max(0, f - 2) for f in range(65)]]
+    frames = node.execute(by_fours, "motion", vae=vae, encode=False, reference=reference).args[1]
+    assert torch.equal(frames, node.execute(by_fours, "motion", vae=vae, encode=False).args[1])
+    (warned,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "Interpolate: the keyframes fit" in warned and "about 2 frames later" in warned
+
+
+def test_of_a_batch_the_late_ones_are_named(node, stride_node, vae, caplog):
+    whole = there_and_back(65, period=26)
+    latents = torch.cat([vae.encode(whole)] * 3)
+    by_fours = stride_node.execute(any_model(), {"samples": latents}, 4, vae=vae).args[1]
+    caplog.clear()
+    small = shown_small(whole)
+    references = [small[[min(max(0, f - late), 64) for f in range(65)]] for late in (0, 2, -2)]
+    node.execute(by_fours, "motion", vae=vae, encode=False, reference=torch.cat(references))
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert any("frames later" in line and "made without it" in line for line in warned)
+    assert len(warned) == 2
+    assert "clip 2 of 3: the keyframes fit" in warned[0] and "2 frames later" in warned[0]
+    assert "clip 3 of 3: the keyframes fit" in warned[1] and "2 frames earlier" in warned[1]
 
 
 @pytest.mark.parametrize("channels", [1, 4])
