@@ -21,7 +21,7 @@ def in_order(rows: dict[tuple[str, str, str], dict[str, Any]]) -> list[dict[str,
 
 
 def tables(report: dict[str, Any]) -> dict[str, str]:
-    """Markdown by file ending: everything, and what the README shows of windows and of strides."""
+    """Markdown by file ending: everything, and what the pages show of windows and of strides."""
     rows = {(row["ground"], row["clip"], row["setting"]): row for row in report["rows"]}
     names = [setting.name for setting in WINDOWS]
     # Strides are another comparison than attention backends.

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# What the README shows of each model, at the LTX-2 size whose FLOPs stand for the tiny clip's length.
+# What the pages show of each model, at the LTX-2 size whose FLOPs stand for the tiny clip's length.
 TEACHER, STUDENT, PESSIMIST = "teacher", "student", "pessimist"
 WINDOWS = (
     "±2, 1 sink",
@@ -196,13 +196,13 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def short_tables(report: dict[str, Any]) -> str:
-    """For the README: a few windows."""
+    """For the pages: a few windows."""
     columns = (("psnr", "PSNR dB", 1), ("drift", "drift", 4), ("frechet", "Fréchet", 1))
     return chosen_tables(report, "window", SHORT, columns)
 
 
 def freeze_tables(report: dict[str, Any]) -> str:
-    """For the README: frozen steps, and core's own cache."""
+    """For the pages: frozen steps, and core's own cache."""
     columns = (
         ("psnr", "PSNR dB", 1),
         ("frechet", "Fréchet", 1),
@@ -213,13 +213,13 @@ def freeze_tables(report: dict[str, Any]) -> str:
 
 
 def precision_tables(report: dict[str, Any]) -> str:
-    """For the README: attention in half types, as many FLOPs as dense."""
+    """For the pages: attention in half types, as many FLOPs as dense."""
     columns = (("psnr", "PSNR dB", 1), ("frechet", "Fréchet", 1), ("drift", "drift", 4))
     return chosen_tables(report, "precision", SHORT_PRECISION, columns)
 
 
 def stride_tables(report: dict[str, Any]) -> str:
-    """For the README: strides. They make another clip than dense, so that PSNR says nothing."""
+    """For the pages: strides. They make another clip than dense, so that PSNR says nothing."""
     columns = (
         ("frechet_all", "Fréchet", 1),
         ("slow", "of slow clips", 1),
@@ -231,7 +231,7 @@ def stride_tables(report: dict[str, Any]) -> str:
 
 
 def low_rank_tables(report: dict[str, Any]) -> str:
-    """For the README: far frames through fewer keys, beside the window of the nearest FLOPs, too."""
+    """For the pages: far frames through fewer keys, beside the window of the nearest FLOPs, too."""
     columns = (("psnr", "PSNR dB", 1), ("frechet", "Fréchet", 1), ("drift", "drift", 4))
     return chosen_tables(report, "low rank", SHORT_LOW_RANK, columns, with_window=True)
 

@@ -112,7 +112,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
 
 
 def short_table(report: dict[str, Any]) -> str:
-    """For the README: the rows that decide."""
+    """For the pages: the rows that decide."""
     rows = next((rows for *key, rows in groups(report) if key == [REFINER, USUAL]), {})
     lines = [f"- {line}" for line in verdict(report)]
     return "\n".join([*lines, "", *table(rows, DECIDING)]) + "\n"

@@ -24,7 +24,7 @@ def test_gpu_tables_match_their_json(pack):
     assert set(re.findall(r"\b\d\.\d\d\b", windows)) == ratios
     assert all(
         row["peak_gib_above_weights"] <= row["dense_peak_gib_above_weights"] + 1e-3 for row in every
-    ), "README: peak memory"
+    ), "pages: peak memory"
     for step, share, peak in re.findall(r"(\d+) ms, (\d+%), ([\d.]+) GiB", windows):
         assert any(
             f"{row['dense_step_ms']:.0f}" == step
@@ -37,7 +37,7 @@ def test_gpu_tables_match_their_json(pack):
     for share, tokens, over in found:
         row = next(r for r in every if f"{r['step_of_dense']:.0%}" == share and r["token_share"] < 1)
         assert tokens == f"{row['token_share']:.0%}" and float(over) < 1.1, (
-            "README: within the share of tokens"
+            "pages: within the share of tokens"
         )
 
 

@@ -118,7 +118,7 @@ def test_beside_a_cut_everything_is_as_without_it(pack, method):
 @pytest.mark.parametrize("kind", SCENES)
 @pytest.mark.parametrize(("height", "at_704"), [(704, 30), (352, 30), (64, 30), (352, 84), (64, 80)])
 def test_a_pan_is_no_cut(cuts, kind, height, at_704):
-    """30 pixels at 704 rows are asked for, an eighth of the shorter side is what the README promises."""
+    """30 pixels at 704 rows are asked for, an eighth of the shorter side is what the page of Latent Flow Interpolate promises."""
     fastest = round(at_704 * height / 704)
     width = height * 3 // 2
     canvas = SCENES[kind](height + 2 * fastest, width + 2 * fastest, 3)
