@@ -129,3 +129,27 @@ def report_module(folder):
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
     return report
+
+
+def test_what_the_notes_of_the_templates_say(pack):
+    report = report_module(pack.root / "benchmarks")
+    rows = json.loads((pack.root / "benchmarks" / "quality.json").read_text(encoding="utf-8"))["rows"]
+    for frames, is_long in ((13, False), (25, True)):
+        own = [row for row in rows if (row["model"], row["frames"]) == ("teacher", frames)]
+        rival, named = report.Rival(own), {row["row"]: row for row in own}
+        dense, finished, handed, later = (
+            report.figures_of(named[name])
+            for name in (
+                "dense",
+                "stride 2, motion, 8 steps, refined from σ 0.8",
+                "stride 2, motion, full length from σ 0.75",
+                "stride 2, motion, refined from σ 0.7",
+            )
+        )
+        row = named["stride 2, motion, 8 steps, refined from σ 0.8"]
+        cost = row["cost"][report.PRICED_AS[frames]]
+        assert cost < 1 / 3 and finished["frechet_all"] < rival.of(row, cost)["frechet_all"]
+        assert (finished["frechet_all"] < 1.05 * dense["frechet_all"]) is is_long
+        assert handed["frechet_all"] < (0.8 if is_long else 1.05) * dense["frechet_all"]
+        assert abs(later["frechet_all"] / handed["frechet_all"] - 1) < 0.06
+        assert min(found["fast"] for found in (finished, handed)) > dense["fast"]
