@@ -1,13 +1,14 @@
 """Times whole recipes at LTX-2 size on one GPU: sampling, decoding and what lies between them.
 
-    python benchmarks/recipes.py [--parts two single] [--clips 121 241] [--only NAME ...] [--ground GROUND]
+    python benchmarks/recipes.py [--parts two single guided] [--clips 121 241] [--only NAME ...] [--ground GROUND]
                                  [--first-steps N] [--seconds 300] [--out FILE]
     python benchmarks/recipes.py --merge A.json B.json ... [--out FILE]
     python benchmarks/recipes.py --device cpu --small --parts two single --out DIR/recipes.json      # for a look
 
-LTXAVModel with 48 blocks, a video VAE of LTX's layout and core's latent upsampler, all with random bf16 weights; no CFG.
+LTXAVModel with 48 blocks, a video VAE of LTX's layout and core's latent upsampler, all with random bf16 weights.
 two: the standard run of two stages, with sound: eight distilled steps at half the size, the upsampler, three steps at
-full size, decoding. single: eight steps at full size. Every recipe ends with frames at the full rate.
+full size, decoding. single: eight steps at full size. guided: 24 steps of LTXVScheduler at full size under CFG, which
+the others lack. Every recipe ends with frames at the full rate.
 
 The ground is a card of laptop size: eight multiprocessors of this one, flash attention. `streamed`: the same, and only as
 much memory as a card of 8 GB has. Parts are timed by the wall clock, the GPU drained before and after. After a warm-up
@@ -24,6 +25,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,8 +53,9 @@ from comfyui_version import __version__ as comfyui_version
 from freeze import BLOCKS, SHORT, setting
 from freeze import WHOLE as EVERY_OTHER
 from low_rank import ROUTED, check_it_acts, routed_nodes
-from recipes_report import BASE, SINGLE, STREAMED, THROTTLED, TWO, WHOLE, merged, write_tables
-from sampling import patch
+from recipes_report import BASE, GUIDED, SINGLE, STREAMED, THROTTLED, TWO, WHOLE, merged, write_tables
+from rows import scheduled_for
+from sampling import nearest_step, patch
 from throttle import seen_by_streams, throttled
 
 from tiny_ltx.model import STUDENT_RECIPE
@@ -63,6 +66,7 @@ SIGMAS = STUDENT_RECIPE.sigmas
 SECOND_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
 # The first stage of coarse to fine stops before the step from 0.725.
 SWITCH = 6
+GUIDED_STEPS, GUIDED_CFG = 24, 3.0
 SMALL_VAE = {
     "dims": 3,
     "latent_channels": 128,
@@ -102,10 +106,12 @@ TWO_STAGE = (
     TwoStage("no second stage", refined=False),
     TwoStage("routed", routed=True),
     TwoStage("stride 2", second=2),
+    TwoStage("stride 3", second=3),
     TwoStage("stride 4", second=4),
     TwoStage("stride 8", second=8),
     TwoStage("routed, stride 2", second=2, routed=True),
     TwoStage("both stages at stride 2, blind", first=2, second=2),
+    TwoStage("both stages at stride 3, blind", first=3, second=3),
     TwoStage("first stage at stride 2, then 4", first=2, second=4),
     TwoStage("first stage at stride 2, then 8", first=2, second=8),
 )
@@ -269,7 +275,13 @@ class Recipes:
         self.decoding = "decode", None
 
     def sample(
-        self, part: str, model: Any, latent: Any, sigmas: tuple[float, ...], most: int | None = None
+        self,
+        part: str,
+        model: Any,
+        latent: Any,
+        sigmas: tuple[float, ...],
+        most: int | None = None,
+        cfg: float = 1.0,
     ) -> Any:
         """Samples [video, audio] of `latent`. most: so many steps run, and the time of them all is told from theirs."""
         steps = len(sigmas) - 1
@@ -279,7 +291,7 @@ class Recipes:
             samples = comfy.sample.sample_custom(
                 model,
                 comfy.sample.prepare_noise(latent["samples"], 0),
-                1.0,
+                cfg,
                 comfy.samplers.sampler_object("euler"),
                 torch.tensor(sigmas[: ran + 1]),
                 ltx2.conditioning(self.device),
@@ -358,7 +370,31 @@ class Recipes:
         latent = self.sample("sampling", model, latent, SIGMAS[: SWITCH + 1], self.first_steps)
         filled = self.restore(latent, 2)[0]
         self.decoding = "decode", None
-        return self.vae.decode(self.sample("sampling", model, filled, SIGMAS[SWITCH:])["samples"].unbind()[0])
+        latent = self.sample("sampling", self.model, filled, SIGMAS[SWITCH:])
+        return self.vae.decode(latent["samples"].unbind()[0])
+
+    def guided(
+        self,
+        clip: ltx2.Clip,
+        stride: int = 1,
+        nodes: Any = (),
+        steps: int = GUIDED_STEPS,
+        again_from: float | None = None,
+        most: int | None = None,
+    ) -> Any:
+        """Under CFG. again_from: the finished clip is noised up to there and refined at full length."""
+        sigmas = scheduled_for(math.prod(clip.grid), steps)
+        model, latent = self.model, {"samples": ltx2.empty(clip, "cpu")}
+        if stride > 1:
+            model, latent = self.stride(model, latent, stride).args[:2]
+        latent = self.sample("sampling", patch(PACK, model, nodes), latent, sigmas, most, GUIDED_CFG)
+        if again_from is None and stride > 1:
+            return self.restore(latent, stride, encode=False)[1]
+        if again_from is not None:
+            filled, rest = self.restore(latent, stride)[0], sigmas[nearest_step(sigmas, again_from) :]
+            latent = self.sample("sampling", self.model, filled, rest, cfg=GUIDED_CFG)
+        self.decoding = "decode", None
+        return self.vae.decode(latent["samples"].unbind()[0])
 
 
 def frozen(when: dict[str, Any]) -> Any:
@@ -375,7 +411,15 @@ SINGLE_STAGE: dict[str, Callable[[Recipes, ltx2.Clip], Any]] = {
     "stride 2, full length from σ 0.725": Recipes.coarse_to_fine,
     "stride 2, RAFT large": lambda recipes, clip: recipes.strided(clip, 2, "optical_flow"),
 }
-IN_FULL = ("whole blocks frozen every other step", "the same from 0.2 on")
+MANY_STEPS: dict[str, Callable[[Recipes, ltx2.Clip], Any]] = {
+    BASE: lambda recipes, clip: recipes.guided(clip, most=recipes.first_steps),
+    "stride 2, frozen from 0.2 on": lambda recipes, clip: recipes.guided(clip, 2, frozen(SHORT)),
+    "stride 3, frozen from 0.2 on": lambda recipes, clip: recipes.guided(clip, 3, frozen(SHORT)),
+    "stride 3, 12 steps, refined from σ 0.8": lambda recipes, clip: recipes.guided(
+        clip, 3, steps=12, again_from=0.8
+    ),
+}
+IN_FULL = (*list(MANY_STEPS)[1:], "whole blocks frozen every other step", "the same from 0.2 on")
 
 
 @dataclass(frozen=True)
@@ -405,6 +449,9 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     for clip in clips(SINGLE_CLIPS, (97,)) if "single" in options.parts else ():
         for order, (name, method) in enumerate(SINGLE_STAGE.items()):
             out.append(Job(SINGLE, clip, name, order, functools.partial(method, clip=clip)))
+    for clip in clips(SINGLE_CLIPS, (97,)) if "guided" in options.parts else ():
+        for order, (name, method) in enumerate(MANY_STEPS.items()):
+            out.append(Job(GUIDED, clip, name, order, functools.partial(method, clip=clip)))
     return [job for job in out if not options.only or job.name in options.only]
 
 
@@ -453,7 +500,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=HERE / "recipes.json")
     parser.add_argument("--merge", type=Path, nargs="+", help="only make one report of these")
-    parser.add_argument("--parts", nargs="+", default=["two"], choices=["two", "single"])
+    parser.add_argument("--parts", nargs="+", default=["two"], choices=["two", "single", "guided"])
     parser.add_argument(
         "--clips", type=int, nargs="+", help="by their frames: 121 241 129, single stage 97 121"
     )
@@ -485,6 +532,7 @@ def main() -> None:
         "second_sigmas": SECOND_SIGMAS,
         "processes": [process],
         SINGLE: [],
+        GUIDED: [],
         TWO: [],
         "left_out": [],
     }

@@ -7,7 +7,8 @@ from typing import Any
 
 # What must be the same in reports that stand in one table.
 SAME = ("gpu", "torch", "comfyui", "device", "sigmas", "second_sigmas")
-SINGLE, TWO = "rows", "two_stage"
+SINGLE, GUIDED, TWO = "rows", "guided", "two_stage"
+PARTS = SINGLE, GUIDED, TWO
 BASE = "dense"
 THROTTLED, STREAMED, WHOLE = "8 multiprocessors", "streamed", "the whole card"
 
@@ -24,10 +25,10 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
                 "reports of one kind of machine."
             )
     out["processes"] = [process for report in reports for process in report["processes"]]
-    for part in (SINGLE, TWO):
-        rows = {key_of(row): row for report in reports for row in report[part]}
+    for part in PARTS:
+        rows = {key_of(row): row for report in reports for row in report.get(part, [])}
         out[part] = sorted(rows.values(), key=lambda row: place_of(row, list(rows.values())))
-    measured = {", ".join(key_of(row)) for part in (SINGLE, TWO) for row in out[part]}
+    measured = {", ".join(key_of(row)) for part in PARTS for row in out[part]}
     left = dict.fromkeys(name for report in reports for name in report["left_out"])
     # A name may be followed by what went wrong.
     out["left_out"] = [name for name in left if name.split(": ")[0] not in measured]
@@ -48,7 +49,7 @@ def place_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[int, int,
 
 def compared(report: dict[str, Any]) -> dict[str, Any]:
     """`report` with every row held against dense of the same ground and clip, where that was measured."""
-    for part in (SINGLE, TWO):
+    for part in PARTS:
         dense = {key_of(row)[:2]: row for row in report[part] if row["recipe"] == BASE}
         for row in report[part]:
             base = dense.get(key_of(row)[:2])
@@ -61,21 +62,21 @@ def compared(report: dict[str, Any]) -> dict[str, Any]:
 def write_tables(report: dict[str, Any], path: Path) -> str:
     """Writes the tables beside the JSON at `path`; returns them."""
     out = []
-    for part, name, table in ((SINGLE, "", single_table), (TWO, "_two_stage", two_stage_table)):
+    for part, name in ((SINGLE, ""), (GUIDED, "_guided"), (TWO, "_two_stage")):
         if not report[part]:
             continue
-        text = table(report)
+        text = two_stage_table(report) if part == TWO else single_table(report, part)
         path.with_name(f"{path.stem}{name}.md").write_text(text, encoding="utf-8")
         out.append(text)
     return "\n".join(out)
 
 
-def single_table(report: dict[str, Any]) -> str:
+def single_table(report: dict[str, Any], part: str) -> str:
     """Markdown, one row per recipe and clip."""
     out = ["| clip | recipe | seconds | of dense | sampling | rest |", "|---" * 6 + "|"]
-    for row in report[SINGLE]:
+    for row in report[part]:
         sampling = row["parts"]["sampling"]
-        cells = [clip_of(row, report[SINGLE]), recipe_of(row), f"{row['seconds']:.1f}", share(row)]
+        cells = [clip_of(row, report[part]), recipe_of(row), f"{row['seconds']:.1f}", share(row)]
         cells += [f"{sampling:.1f}", f"{row['seconds'] - sampling:.1f}"]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"

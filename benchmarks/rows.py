@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 TEACHER, STUDENT, PESSIMIST = "teacher", "student", "pessimist"
@@ -116,8 +116,10 @@ def strided(
     models: tuple[str, ...] = ALL,
     steps: int | None = None,
     tokens: int = 0,
+    then: Row | None = None,
     **more: Any,
 ) -> Row:
+    """KeyframeStride and what brings the frames back. then: its nodes lie before the first sampler."""
     striding = Striding(stride, method, **more)
     name = f"stride {stride}, {method}" + ("" if striding.has_vae else " on latents")
     name += "" if striding.is_stretched else ", times not stretched"
@@ -130,7 +132,10 @@ def strided(
     kind = "stride + full length" if striding.has_second_stage else "stride"
     name += " with a window" if striding.nodes else ""
     sigmas = scheduled_for(tokens) if tokens else None
-    return Row(name, kind, steps=steps, sigmas=sigmas, striding=striding, models=models)
+    row = Row(name, kind, steps=steps, sigmas=sigmas, striding=striding, models=models)
+    if then is not None:
+        row = replace(row, name=f"{name} + {then.name}", kind=f"{kind} + {then.kind}", nodes=then.nodes)
+    return row
 
 
 def fewer(model: str, counts: Iterable[int], merged: str) -> list[Row]:
@@ -236,6 +241,13 @@ def routed(keep: float = 0.0, threshold: float = 0.0, edge: int = 0, start: floa
     return Row(name, "low rank", (("ThriftLowRankAttention", inputs),))
 
 
+def interleaved(edge: int = 1, start: float = 0.0, models: tuple[str, ...] = BOTH) -> Row:
+    """Every other latent frame in every other block, a variant that is no node."""
+    inputs = {"every": 2, "edge": edge, "start_percent": start, "end_percent": 1.0}
+    name = f"every 2. frame in turns, dense edge of {edge}" + (f", from {start:g}" if start else "")
+    return Row(name, "interleaved", (("InterleavedFrames", inputs),), models=models)
+
+
 def attending_in(dtype: str, which: str) -> Row:
     """ThriftAttentionPrecision for self-attention, for that to the text, or for both; the tiny models compute in fp32."""
     inputs = {
@@ -267,6 +279,7 @@ WINDOWS = (
     window(4, 1, start=0.5),
 )
 LONG_CLIP_WINDOW = window(4, 1, edge=1).nodes
+EVERY_OTHER_STEP = frozen(BLOCKS, "linear", 0.2, 2)
 
 ROWS: tuple[Row, ...] = (
     DENSE,
@@ -324,4 +337,14 @@ ROWS: tuple[Row, ...] = (
     *(routed(keep, edge=1, start=0.25) for keep in (0.1, 0.3, 0.5)),
     *(attending_in("fp16", which) for which in ("self", "text", "both")),
     attending_in("bf16", "both"),
+    *(strided(stride, models=(TEACHER,), then=EVERY_OTHER_STEP) for stride in (2, 3, 4)),
+    *(strided(stride, models=(TEACHER,), then=cached(TEACHER, 0.024)) for stride in (2, 3)),
+    *(strided(3, steps=steps, models=(TEACHER,)) for steps in (16, 12)),
+    strided(3, steps=12, again_from=0.8, models=(TEACHER,)),
+    strided(3, steps=12, again_from=0.8, models=(TEACHER,), then=EVERY_OTHER_STEP),
+    *(
+        replace(EVERY_OTHER_STEP, name=f"{steps} steps + {EVERY_OTHER_STEP.name}", steps=steps)
+        for steps in (16, 12)
+    ),
+    *(interleaved(edge, start) for edge, start in ((1, 0.0), (1, 0.4), (4, 0.4))),
 )

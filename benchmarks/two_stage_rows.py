@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rows import pooled, routed, window
@@ -25,7 +25,7 @@ class Row:
     schedule: whose dense run it is held against. sigmas: of the second stage, none where pictures are only made larger.
     first, second: strides of both stages against the full rate. is_guided: frames in between follow the first stage's.
     again: sigmas of a second pass at full length, behind the in-betweening. nodes: (node id, inputs) of the second stage.
-    has_other_noise: the second stage's. bases: models of the second stage; lengths: in latent frames.
+    has_other_noise: the second stage's. first_steps: of the first stage, none means its own schedule. bases: models of the second stage; lengths: in latent frames.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Row:
     again: tuple[float, ...] = ()
     nodes: tuple[tuple[str, dict[str, Any]], ...] = ()
     has_other_noise: bool = False
+    first_steps: int | None = None
     bases: tuple[str, ...] = (REFINER,)
     lengths: tuple[int, ...] = (USUAL,)
 
@@ -46,6 +47,8 @@ class Row:
         """What has to be the same for a measured row to be kept, as JSON has it."""
         out = asdict(self)
         del out["bases"], out["lengths"]
+        if self.first_steps is None:
+            del out["first_steps"]
         return json.loads(json.dumps(out))
 
     @property
@@ -78,10 +81,21 @@ def blind(stride: int) -> Row:
     return Row(f"stride {stride}, blind", "blind", second=stride, is_guided=False)
 
 
-def fewer(sigmas: tuple[float, ...]) -> Row:
+def both(stride: int, **more: Any) -> Row:
+    """No stage sees the full rate, so that no frame shows what happens in between."""
+    name = f"both stages at stride {stride}, blind"
+    return Row(name, "blind", first=stride, second=stride, is_guided=False, **more)
+
+
+def fewer(sigmas: tuple[float, ...], row: Row | None = None, first: int | None = None, **more: Any) -> Row:
+    """The second stage in so many steps, and the first one too where `first` is given; of `row` where that is."""
     steps = len(sigmas) - 1
     name = f"{steps} step{'s' * (steps > 1)} from σ {sigmas[0]:g}"
-    return Row(name, "fewer steps", sigmas=sigmas)
+    if first is not None:
+        name = f"{first} + {name}"
+    if row is not None:
+        return replace(row, name=f"{row.name}, {name}", kind="fewer steps + ours", sigmas=sigmas)
+    return Row(name, "fewer steps", sigmas=sigmas, first_steps=first, **more)
 
 
 def under(nodes: tuple[tuple[str, dict[str, Any]], ...], name: str, stride: int = 1) -> Row:
@@ -101,6 +115,7 @@ def handed_over(stride: int, first: int = 1) -> Row:
 
 ROUTED, BY_THRESHOLD = routed(0.3), routed(threshold=1.0)
 STRIDES = (2, 4, 8)
+TWO_STEPS, ONE_STEP = (0.909375, 0.421875, 0.0), (0.909375, 0.0)
 LENGTHS = (USUAL, SHORT)
 BARE = (TEACHER, PESSIMIST)
 DENSE = dense(STANDARD, bases=(REFINER, *BARE), lengths=(USUAL, HARD, SHORT))
@@ -122,7 +137,9 @@ ROWS: tuple[Row, ...] = (
     ours(4, bases=(REFINER, *BARE), lengths=(USUAL, HARD, SHORT)),
     ours(8, bases=(REFINER, *BARE), lengths=LENGTHS),
     *(ours(stride, first=2, lengths=LENGTHS) for stride in (4, 8)),
-    Row("both stages at stride 2, blind", "blind", first=2, second=2, is_guided=False, lengths=LENGTHS),
+    both(2, lengths=LENGTHS),
+    both(3, lengths=(HARD,)),
+    ours(3, lengths=(HARD,)),
     *(blind(stride) for stride in STRIDES),
     *(handed_over(*strides) for strides in ((2,), (4,), (2, 2), (4, 2))),
     Row("DFR-like round", "round", sigmas=(), first=2, second=2, is_guided=False, again=ROUND),
@@ -135,8 +152,13 @@ ROWS: tuple[Row, ...] = (
         for stride in STRIDES
         if stride > first
     ),
-    *(fewer(sigmas) for sigmas in ((0.909375, 0.421875, 0.0), (0.725, 0.421875, 0.0))),
-    *(fewer(sigmas) for sigmas in ((0.909375, 0.0), (0.421875, 0.0))),
+    fewer(TWO_STEPS, lengths=(USUAL, HARD)),
+    *(fewer(sigmas) for sigmas in ((0.725, 0.421875, 0.0), ONE_STEP, (0.421875, 0.0))),
+    *(fewer(TWO_STEPS, row) for row in (ours(2), both(2), both(3, lengths=(HARD,)))),
+    *(
+        fewer(sigmas, first=steps, lengths=(USUAL, HARD))
+        for steps, sigmas in ((6, TWO_STEPS), (4, TWO_STEPS), (4, ONE_STEP))
+    ),
     under(ROUTED.nodes, ROUTED.name),
     under(routed(0.1).nodes, routed(0.1).name),
     under(BY_THRESHOLD.nodes, BY_THRESHOLD.name),

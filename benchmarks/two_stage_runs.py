@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.model_management as mm
 import torch
 from low_rank import check_it_acts
+from rows import resampled
 from sampling import Stage, covered_steps, nearest_step, node_class, patch, sample_stage
 from two_stage_rows import REFINER, Row
 
 from tiny_ltx.clips import FULL, SMALL
 from tiny_ltx.codec import CHANNELS, Codec, upscaled
-from tiny_ltx.model import REFINING_CFG, STUDENT_RECIPE, TEACHER_RECIPE, Recipe, load_model
+from tiny_ltx.model import REFINING_CFG, SHIFT, STUDENT_RECIPE, TEACHER_RECIPE, Recipe, load_model
 from tiny_ltx.trainer import grid_of
 from tiny_ltx.vae import CodecVAE
 
@@ -85,19 +86,21 @@ class Runs:
         return patched, thin, frames
 
     def first_stage(
-        self, latent_frames: int, stride: int, seed: int, is_real: bool
+        self, latent_frames: int, stride: int, seed: int, is_real: bool, steps: int | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(LATENT, what the sampler did)"""
-        key = (latent_frames, stride, seed, is_real)
+        key = (latent_frames, stride, seed, is_real, steps)
         if key not in self._first:
             noise, model = self.noise(latent_frames, SMALL, seed), self.model("student")
             begun = self.real(latent_frames, seed) if is_real else torch.zeros_like(noise)
             patched, latent, _ = self.thinned(model, {"samples": begun}, stride)
             done: dict[str, Any] = {"executed": [], "covered": {}}
             if not is_real:
-                start = latent["samples"]
+                start, recipe = latent["samples"], STUDENT_RECIPE
+                if steps is not None:
+                    recipe = replace(recipe, sigmas=resampled(recipe.sigmas, steps, SHIFT))
                 noise = kept(noise, start.shape[2], stride)
-                sampled, _, done = self.sample(patched, STUDENT_RECIPE, (), seed, noise, start)
+                sampled, _, done = self.sample(patched, recipe, (), seed, noise, start)
                 latent = {**latent, "samples": sampled}
             self._first[key] = latent, done
         return self._first[key]
@@ -123,11 +126,11 @@ class Runs:
     def make(self, row: Row, base: str, latent_frames: int, seed: int, is_real: bool = False) -> Made:
         """One seed's clips. is_real: their first stage is real small clips."""
         model, device = self.model(base), mm.get_torch_device()
-        latent, done = self.first_stage(latent_frames, row.first, seed, is_real)
+        latent, done = self.first_stage(latent_frames, row.first, seed, is_real, row.first_steps)
         stages = {"first": done}
         first = self.decoded(latent["samples"])
         # The VAE encodes clip by clip: once for all rows that thin the same first stage alike.
-        key = (base, latent_frames, row.first, row.second, seed, is_real)
+        key = (base, latent_frames, row.first, row.first_steps, row.second, seed, is_real)
         if key not in self._thinned:
             self._thinned[key] = self.thinned(model, latent, row.second)
         patched, latent, frames = self._thinned[key]
