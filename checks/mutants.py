@@ -23,7 +23,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 import comfyui_tree
 
-ROOMS = ("nodes", "patches", "latents")
+ROOMS = ("nodes", "patches", "presets", "latents")
 DEAD_SEAM = "dead call seam"
 
 

@@ -180,6 +180,16 @@ def _replaced(samples: Any, video: torch.Tensor) -> Any:
     return type(samples)([video, *samples.unbind()[1:]]) if samples.is_nested else video
 
 
+def filled_frames(video: torch.Tensor) -> torch.Tensor:
+    """Which latent frames [T] hold something, in any clip of the batch."""
+    return video.flatten(3).any(dim=3).any(dim=1).any(dim=0)
+
+
+def holds_clip(latent: dict[str, Any]) -> bool:
+    """Whether every latent frame holds something; an empty video may have an image in its first, and guides elsewhere."""
+    return bool(filled_frames(video_of(latent)).all())
+
+
 def refuse_strided(latent: dict[str, Any]) -> None:
     """Raises ValueError if stride 1, which keeps the latent, meets one that was thinned: it would stay short."""
     note = StrideNote.read(latent)
@@ -235,7 +245,7 @@ def thin(
         )
     short = strided_length(frames, stride)
     kept = (torch.arange(short) * further).clamp(max=given - 1)
-    filled = video[:, :, 1:].flatten(3).any(dim=3).any(dim=1).any(dim=0)
+    filled = filled_frames(video)[1:]
     if further == 1:
         thinned = video
     elif not filled.any():

@@ -7,6 +7,7 @@ from .latent_flow_interpolate import LatentFlowInterpolate
 from .load_optical_flow import ThriftLoadOpticalFlow
 from .low_rank_attention import ThriftLowRankAttention
 from .pace_gpu import ThriftPaceGPU
+from .preset import ThriftPreset
 from .schedule_spatial_freeze import ScheduleSpatialFreeze
 from .thin_guide import ThriftThinGuide
 
@@ -19,5 +20,6 @@ NODES = [
     ThriftLoadOpticalFlow,
     ThriftLowRankAttention,
     ThriftPaceGPU,
+    ThriftPreset,
     ThriftThinGuide,
 ]

@@ -105,14 +105,9 @@ class KeyframeStride(io.ComfyNode):
             if any(isinstance(entry, StretchedTimes) for entry in plan_of(model)):
                 model = mount(model, StretchedTimes(0, 0, stride=1))
             return io.NodeOutput(model, latent, shown, None)
-        inner = getattr(model, "model", None)
-        diffusion_model = getattr(inner, "diffusion_model", None)
-        if not layouts.knows(diffusion_model):
-            raise ValueError(
-                f"model: expected LTX-Video or LTX-2, got {type(inner).__name__}, whose frame times cannot be stretched. "
-                "Connect one of those, or set stride to 1."
-            )
-
+        diffusion_model = layouts.require(
+            model, "The frame times of others cannot be stretched: connect one of those, or set stride to 1."
+        )
         told = layouts.frames_a_latent(diffusion_model)
         frames_a_latent = told or pixels.frames_a_latent(vae, video_of(latent))
 
@@ -123,7 +118,7 @@ class KeyframeStride(io.ComfyNode):
             frames = pixels.decode(vae, video, frames_a_latent)
             return pixels.encode(vae, thin_frames(frames))
 
-        channels = getattr(getattr(inner, "latent_format", None), "latent_channels", None)
+        channels = getattr(getattr(model.model, "latent_format", None), "latent_channels", None)
         thinned = thin(latent, stride, None if vae is None else reencode, channels, frames_a_latent)
         note = StrideNote.read(thinned)
         assert note is not None

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .settings import Number, check, setting
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A part of the schedule in ComfyUI's percent. Raises ValueError, naming the setting, for values outside 0 to 1."""
+    """A part of the schedule in ComfyUI's percent. Raises ValueError, naming the setting, for values outside 0 to 1.
+
+    least_steps: a schedule of fewer has no such part.
+    """
 
     start_percent: float = setting(Number(0.0, 0.0, 1.0, 0.01))
     end_percent: float = setting(Number(1.0, 0.0, 1.0, 0.01))
+    least_steps: int = 0
 
     def __post_init__(self) -> None:
         check(self)
@@ -50,6 +55,8 @@ class SigmaClock:
         return max(reached, default=0)
 
     def is_within(self, sigma: float, part: Schedule) -> bool:
+        if self.steps < part.least_steps:
+            return False
         high = math.inf if part.start_percent <= 0 else self.percent_to_sigma(part.start_percent)
         low = -math.inf if part.end_percent >= 1 else self.percent_to_sigma(part.end_percent)
         return low * (1 - 1e-5) <= sigma <= high * (1 + 1e-5)
@@ -79,4 +86,5 @@ class SigmaClock:
             elif percent > part.end_percent:
                 candidates.append((percent - part.end_percent, "end_percent", math.ceil(percent * 100) / 100))
         for _, name, value in sorted(candidates):
-            yield name, replace(part, **{name: value})
+            moved: dict[str, Any] = {name: value}
+            yield name, replace(part, **moved)

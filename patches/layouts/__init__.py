@@ -41,9 +41,13 @@ def flops(diffusion_model: torch.nn.Module | None, work: Work) -> float | Unclea
     return Unclear(UNKNOWN_MODEL) if total is None else total
 
 
-def knows(diffusion_model: torch.nn.Module | None) -> bool:
-    """Whether the model is of a family that has a file here."""
-    return stream_of(diffusion_model, (1, 1, 1, 1, 1)) is not None
+def require(model: Any, remedy: str) -> torch.nn.Module:
+    """The diffusion model of a MODEL. Raises ValueError, ending in `remedy`, for one of another family."""
+    inner = getattr(model, "model", None)
+    diffusion_model: torch.nn.Module | None = getattr(inner, "diffusion_model", None)
+    if diffusion_model is None or stream_of(diffusion_model, (1, 1, 1, 1, 1)) is None:
+        raise ValueError(f"model: expected LTX-Video or LTX-2, got {type(inner).__name__}. {remedy}")
+    return diffusion_model
 
 
 def _told(question: str, diffusion_model: torch.nn.Module | None, *given: Any) -> Any:

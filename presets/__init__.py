@@ -1,0 +1,1 @@
+"""Settings for people who know none of the techniques."""
