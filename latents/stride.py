@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StrideNote:
-    """How a LATENT was thinned: `frames` latent frames became `strided_frames`.
+    """How a LATENT was thinned: `frames` latent frames became `strided_frames`; at stride 1 that it was not.
 
     Sound hands the note on to whatever video joins it. So beside sound the note tells, too, how long that was and how
     high and wide the video; 0 where there was none. Only what is not as the defaults say is written.
@@ -193,7 +193,7 @@ def holds_clip(latent: dict[str, Any]) -> bool:
 def refuse_strided(latent: dict[str, Any]) -> None:
     """Raises ValueError if stride 1, which keeps the latent, meets one that was thinned: it would stay short."""
     note = StrideNote.read(latent)
-    if note is not None:
+    if note is not None and note.stride > 1:
         raise ValueError(
             f"stride: 1 is the full length, but the latent is strided already: {note.strided_frames} latent frames instead of "
             f"{note.frames}. Connect the full-length latent, or leave this node out and keep the MODEL of the node that "

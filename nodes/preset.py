@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..latents.stride import StrideNote, holds_clip, video_of
+from ..latents.stride import FRAMES_A_LATENT, StrideNote, holds_clip, video_of
 from ..patches import layouts
 from ..patches.mount import mount
 from ..patches.node_text import NodeText
@@ -97,7 +97,7 @@ class ThriftPreset(io.ComfyNode):
         vae: Any = None,
         sigmas: Any = None,
     ) -> io.NodeOutput:
-        layouts.require(model, "Connect one of those, or leave Thrift Preset out.")
+        inner = layouts.require(model, "Connect one of those, or leave Thrift Preset out.")
         is_clip = holds_clip(latent)
         schedule = [] if sigmas is None else sigmas.tolist()
         stage = stage_of(None if stage == AUTO else stage, is_clip, schedule)
@@ -107,6 +107,10 @@ class ThriftPreset(io.ComfyNode):
         shown = None
         if stride > 1:
             model, latent, _, shown = KeyframeStride.execute(model, latent, stride, vae=vae).args
+        else:
+            # So that Latent Flow Interpolate knows that there is nothing to fill in.
+            told = layouts.frames_a_latent(inner) or FRAMES_A_LATENT
+            latent = StrideNote(1, frames, frames, frames_a_latent=told).write(latent)
         for technique in recipe.techniques:
             model = mount(model, technique)
         strided = video_of(latent).shape[2]

@@ -28,7 +28,7 @@ def stage_of(chosen: str | None, is_clip: bool, sigmas: Sequence[float]) -> str:
 
 def stride_for(recipe: Recipe, note: StrideNote | None, frames: int, is_fixed: bool) -> tuple[int, str]:
     """(stride, why it is another one than the recipe's). is_fixed: a clip of so many latent frames that cannot be thinned."""
-    if note is not None:
+    if note is not None and note.stride > 1:
         return note.stride, "" if note.stride == recipe.stride else ", as the latent is strided already"
     if recipe.stride > 1 and is_fixed:
         return 1, ": the latent holds a clip, and without vae it cannot be strided. Connect vae to save more"

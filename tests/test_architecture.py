@@ -30,7 +30,11 @@ FAMILY = re.compile(
 
 
 def runtime_files(root):
-    return [path for room in ("nodes", "patches", "presets", "latents") for path in sorted((root / room).rglob("*.py"))]
+    return [
+        path
+        for room in ("nodes", "patches", "presets", "latents")
+        for path in sorted((root / room).rglob("*.py"))
+    ]
 
 
 def room_of(parts):
