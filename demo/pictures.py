@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -47,7 +47,7 @@ def is_filled_in(setting: Setting, frame: int) -> bool:
 
 def side_by_side(
     settings: Sequence[Setting], clips: Sequence[Clip], title: str, below: Sequence[str]
-) -> Iterable[Image.Image]:
+) -> Iterator[Image.Image]:
     """One picture a frame: the same caption in all settings, `below` a line to each."""
     side = LARGE * clips[0].frames.shape[-1]
     top, bottom = 80, 40
@@ -82,14 +82,15 @@ def contact_sheet(
     """A block for each caption: a row for each setting, a column for each of some frames."""
     first = clips[settings[0].name][0].frames
     shown = [frame for frame in SHOWN if frame < len(first)]
-    cell, label, line, foot = SMALL * first.shape[-1], 200, 30, 44
+    cell, label, line, head, foot = SMALL * first.shape[-1], 220, 30, 44, 44
     block = line + len(settings) * (cell + GAP) + line
     sheet = Image.new(
-        "RGB", (label + len(shown) * (cell + GAP) + MARGIN, len(titles) * block + foot), "white"
+        "RGB", (label + len(shown) * (cell + GAP) + MARGIN, head + len(titles) * block + foot), "white"
     )
     pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, 12), "Caption and seed are the same within a block.", fill=GREY, font=font(15))
     for i, title in enumerate(titles):
-        top = i * block + line
+        top = head + i * block + line
         pen.text((MARGIN, top - line + 6), title, fill=INK, font=font(17, True))
         for setting in settings:
             pen.multiline_text(
@@ -119,11 +120,12 @@ def plot_time(settings: Sequence[Setting], clips: dict[str, list[Clip]], path: P
     parts = {setting.name: usual_seconds(clips[setting.name]) for setting in settings}
     totals = {name: sum(seconds.values()) for name, seconds in parts.items()}
     dense = totals[settings[0].name]
-    figure, axis = plt.subplots(figsize=(10, 3.6))
+    figure, axis = plt.subplots(figsize=(10, 3.8))
     left = np.zeros(len(parts))
     for part, color in zip(next(iter(parts.values())), COLORS, strict=True):
         widths = np.array([seconds[part] for seconds in parts.values()])
-        bars = axis.barh(list(parts), widths, left=left, color=color, edgecolor="white", label=part)
+        label = part if widths.max() > 0.01 * dense else f"{part}: {widths.max():.2f} s at most"
+        bars = axis.barh(list(parts), widths, left=left, color=color, edgecolor="white", label=label)
         # A number needs some room.
         words = [f"{width:.1f}" if width > 0.04 * dense else "" for width in widths]
         axis.bar_label(bars, words, label_type="center", color="white", fontsize=11)
@@ -137,9 +139,9 @@ def plot_time(settings: Sequence[Setting], clips: dict[str, list[Clip]], path: P
     axis.set_xlabel("seconds a clip on this CPU")
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0, labelsize=11)
-    axis.set_title("Where the time went", loc="left", fontsize=14, fontweight="bold", pad=34)
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, borderaxespad=0.4)
+    figure.text(0.01, 0.92, "Where the time went", fontsize=14, fontweight="bold")
+    figure.legend(loc="upper left", bbox_to_anchor=(0, 0.92), ncols=len(COLORS), frameon=False)
     figure.text(0.99, 0.01, about, ha="right", fontsize=8, color=GREY)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.tight_layout(rect=(0, 0.03, 1, 0.85))
     figure.savefig(path, dpi=120)
     plt.close(figure)

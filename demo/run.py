@@ -1,4 +1,4 @@
-"""Two-stage clips, dense, ours and with fewer steps, through a real ComfyUI server on the CPU; see demo_output/."""
+"""Two-stage clips: dense, ours and with fewer steps, through a real ComfyUI server on the CPU; see demo_output/."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 OUTPUT = REPO / "demo_output"
@@ -18,7 +18,7 @@ FIRST, SECOND = 1, 2
 
 sys.path.insert(0, str(REPO))
 import numpy as np
-from figures import PRICED_AS, Clip, lab_row, seconds_of_parts, table
+from figures import PRICED_AS, Clip, lab_row, seconds_of_parts, table, usual_seconds
 from graph import FRAMES_IMAGES, Setting, build_graph
 from pictures import contact_sheet, plot_time, side_by_side, write_video
 from PIL import Image
@@ -26,10 +26,16 @@ from PIL import Image
 import comfyui_tree
 from comfy_server import ComfyServer, Progress
 
-STRIDED = "second stage" if FIRST == 1 else "both stages" if FIRST == SECOND else f"stages {FIRST} and"
+
+def name_ours() -> str:
+    if FIRST == 1:
+        return f"ours, second stage at stride {SECOND}"
+    return f"ours, stages at strides {FIRST} and {SECOND}"
+
+
 SETTINGS = (
     Setting("dense, 8 + 3 steps"),
-    Setting(f"ours, {STRIDED} at stride {SECOND}", FIRST, SECOND),
+    Setting(name_ours(), FIRST, SECOND),
     Setting("fewer steps, 8 + 2", sigmas=(0.909375, 0.421875, 0.0)),
 )
 # Every speed and every texture once, as on the lab's contact sheet.
@@ -54,7 +60,7 @@ def main() -> None:
         OUTPUT / "contact_sheet.png"
     )
     about = (
-        f"mean of {len(CAPTIONS)} clips of the small model, ComfyUI {release}; loading and saving left out"
+        f"medians of {len(CAPTIONS)} clips of the small model, ComfyUI {release}; loading and saving left out"
     )
     plot_time(SETTINGS, clips, OUTPUT / "time.png", about)
     text = table(SETTINGS, clips, report, release)
@@ -88,20 +94,21 @@ def make_clips() -> tuple[dict[str, list[Clip]], str]:
                     for path in server.output_paths(result, FRAMES_IMAGES)
                 ]
                 clips[setting.name].append(Clip(np.stack(frames), seconds_of_parts(result.node_seconds)))
-        for line in sorted({line for line in server.log_text().splitlines() if "FrameThrift:" in line}):
+        told = [line for line in server.log_text().splitlines() if "FrameThrift:" in line]
+        for line in dict.fromkeys(told):
             say("ComfyUI's log: " + line[line.index("FrameThrift:") :])
         return clips, server.get("/system_stats")["system"]["comfyui_version"]
 
 
-def pictures(clips: dict[str, list[Clip]], prices: list[float]) -> Any:
+def pictures(clips: dict[str, list[Clip]], prices: list[float]) -> Iterator[Image.Image]:
     """The video's, one caption after the other."""
+    below = [
+        f"{sum(usual_seconds(clips[setting.name]).values()):.1f} s a clip here; {price:.0%} of the FLOPs at LTX-2's size"
+        for setting, price in zip(SETTINGS, prices, strict=True)
+    ]
     for i, caption in enumerate(CAPTIONS):
-        shown = [clips[setting.name][i] for setting in SETTINGS]
-        below = [
-            f"{sum(clip.seconds.values()):.1f} s here; {price:.0%} of the FLOPs at LTX-2's size"
-            for clip, price in zip(shown, prices, strict=True)
-        ]
-        yield from side_by_side(SETTINGS, shown, f"“{words(caption)}”, seed {SEED}", below)
+        title = f"“{words(caption)}”, the same seed in all; a small model's 64 × 64 pixels, enlarged"
+        yield from side_by_side(SETTINGS, [clips[setting.name][i] for setting in SETTINGS], title, below)
 
 
 def caption_inputs(caption: dict[str, str]) -> dict[str, str]:
