@@ -69,7 +69,7 @@ def run(session: nox.Session, *command: str, **env: str) -> None:
 
 @nox.session(python=False)
 def demo(session: nox.Session) -> None:
-    """The same clip stock and with ApplyTemporalWindow through a real ComfyUI server; see demo_output/."""
+    """Two-stage clips, dense and cheaper, through a real ComfyUI server on the CPU; see demo_output/."""
     prepare(session)
     run(session, "demo/run.py", *session.posargs)
 

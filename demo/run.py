@@ -1,221 +1,134 @@
-"""One clip, stock and with ApplyTemporalWindow, through a real ComfyUI server on the CPU; see demo_output/."""
+"""Two-stage clips: dense, ours and with fewer steps, through a real ComfyUI server on the CPU; see demo_output/."""
 
 from __future__ import annotations
 
-import importlib
-import shutil
+import json
 import signal
 import sys
 import time
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import av
-import numpy as np
-from comfy_server import ComfyServer, Progress
-from graph import SAMPLER, VIDEO, build_graph
-from PIL import Image, ImageDraw
 
 REPO = Path(__file__).resolve().parent.parent
 OUTPUT = REPO / "demo_output"
-FRAMES, SIZE, FRAME_RATE = 97, 256, 24
-SETTINGS = {
-    "window": 2,
-    "sink_frames": 1,
-    "start_percent": 0.0,
-    "end_percent": 1.0,
-    "dense_blocks": 0,
-}
+FRAMES, FRAME_RATE, SEED = 129, 24, 0
+# What ours is: one frame in so many is diffused in the first and in the second stage. With the first stage full, frames in
+# between follow it; (2, 2) strides both and follows nothing. Choose strides that benchmarks/two_stage.json has a row for.
+FIRST, SECOND = 1, 2
 
 sys.path.insert(0, str(REPO))
+import numpy as np
+from figures import PRICED_AS, Clip, lab_row, seconds_of_parts, table, usual_seconds
+from graph import FRAMES_IMAGES, Setting, build_graph
+from pictures import contact_sheet, plot_time, side_by_side, write_video
+from PIL import Image
+
 import comfyui_tree
+from comfy_server import ComfyServer, Progress
 
 
-@dataclass
-class Clip:
-    """One of the two runs."""
+def name_ours() -> str:
+    if FIRST == 1:
+        return f"ours, second stage at stride {SECOND}"
+    return f"ours, stages at strides {FIRST} and {SECOND}"
 
-    name: str
-    settings: dict[str, Any] | None
-    seconds: float = 0.0
-    frames: np.ndarray | None = None
-    attention_flops: float = 0.0
+
+SETTINGS = (
+    Setting("dense, 8 + 3 steps"),
+    Setting(name_ours(), FIRST, SECOND),
+    Setting("fewer steps, 8 + 2", sigmas=(0.909375, 0.421875, 0.0)),
+)
+# Every speed and every texture once, as on the lab's contact sheet.
+CAPTIONS = (
+    {"shape": "disc", "direction": "diagonal", "speed": "fast", "texture": "stripes"},
+    {"shape": "triangle", "direction": "horizontal", "speed": "medium", "texture": "checks"},
+    {"shape": "disc", "direction": "vertical", "speed": "slow", "texture": "dots"},
+)
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begun = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)
-    clips = [Clip("stock", None), Clip("window", SETTINGS)]
-    render(clips)
-    say("Counting attention FLOPs of one model call, stock and windowed")
-    count_attention_flops(clips)
-
-    stock, window = (read_video(OUTPUT / f"{clip.name}.mp4") for clip in clips)
-    title = f"window {SETTINGS['window']}, sink {SETTINGS['sink_frames']}"
-    write_video(OUTPUT / "side_by_side.mp4", side_by_side(stock, window, ("stock", title)))
-    contact_sheet(stock, window, ("stock", title)).save(OUTPUT / "contact_sheet.png")
-    table = describe(clips, psnr(stock, window))
-    (OUTPUT / "table.md").write_text(table, encoding="utf-8")
-    print(f"\n{table}", flush=True)
+    report = json.loads((REPO / "benchmarks" / "two_stage.json").read_text(encoding="utf-8"))
+    # A row that is not there is better missed before the clips are made.
+    prices = [lab_row(report, setting)["cost"][PRICED_AS] for setting in SETTINGS]
+    clips, release = make_clips()
+    say("Drawing")
+    write_video(OUTPUT / "side_by_side.mp4", pictures(clips, prices), FRAME_RATE)
+    contact_sheet(SETTINGS, clips, [words(caption) for caption in CAPTIONS]).save(
+        OUTPUT / "contact_sheet.png"
+    )
+    about = (
+        f"medians of {len(CAPTIONS)} clips of the small model, ComfyUI {release}; loading and saving left out"
+    )
+    plot_time(SETTINGS, clips, OUTPUT / "time.png", about)
+    text = table(SETTINGS, clips, report, release)
+    (OUTPUT / "table.md").write_text(text, encoding="utf-8")
     say(
-        f"Done in {time.perf_counter() - begun:.0f} s. Look into {OUTPUT.name}/: "
-        + ", ".join(sorted(path.name for path in OUTPUT.iterdir() if not path.name.startswith(".")))
+        f"Done in {time.perf_counter() - begun:.0f} s. Look at side_by_side.mp4, contact_sheet.png, time.png and table.md in "
+        f"{OUTPUT.name}/.\n\n{text}"
     )
 
 
-def render(clips: list[Clip]) -> None:
-    """Runs the graph once for each clip and keeps the videos and the wall times."""
+def make_clips() -> tuple[dict[str, list[Clip]], str]:
+    """By setting, one for each caption; and the release of ComfyUI that made them."""
     say("Starting ComfyUI on the CPU")
     packs = {"frame-thrift": REPO, "tiny_ltx": REPO / "tiny_ltx"}
-    with ComfyServer(comfyui_tree.find_comfyui(), packs) as server:
+    # Nothing may come from the cache: the settings share nodes, and each is to be timed as a whole. And attention as on a GPU.
+    arguments = ["--cache-none", "--use-pytorch-cross-attention"]
+    clips: dict[str, list[Clip]] = {setting.name: [] for setting in SETTINGS}
+    with ComfyServer(comfyui_tree.find_comfyui(), packs, arguments) as server:
         say(f"ComfyUI answers at {server.url}; warming up")
-        # Loads the model and imports what samplers import, which is nobody's wall time.
-        server.queue(build_graph(frames=FRAMES, size=SIZE, steps=1, name="warm-up"))
-        for clip in clips:
-            graph = build_graph(
-                clip.settings, frames=FRAMES, size=SIZE, frame_rate=FRAME_RATE, name=clip.name
-            )
-            result = server.queue(graph, show_steps(clip.name))
-            clip.seconds = result.seconds
-            shutil.copy(server.output_path(result, VIDEO), OUTPUT / f"{clip.name}.mp4")
-            say(f"{clip.name}: {clip.seconds:.1f} s")
-        for line in server.log_text().splitlines():
-            if "FrameThrift:" in line:
-                say("ComfyUI's log: " + line[line.index("FrameThrift:") :])
+        # What samplers and nodes do once, and never again, is nobody's time.
+        for setting in SETTINGS[:2]:
+            server.queue(build_graph(setting, caption_inputs(CAPTIONS[0]), frames=FRAMES, seed=SEED))
+        for caption in CAPTIONS:
+            for setting in SETTINGS:
+                graph = build_graph(
+                    setting, caption_inputs(caption), frames=FRAMES, seed=SEED, frame_rate=FRAME_RATE
+                )
+                result = server.queue(graph, show_steps(f"{words(caption)}: {setting.name}"))
+                frames = [
+                    np.asarray(Image.open(path).convert("L"))
+                    for path in server.output_paths(result, FRAMES_IMAGES)
+                ]
+                clips[setting.name].append(Clip(np.stack(frames), seconds_of_parts(result.node_seconds)))
+        told = [line for line in server.log_text().splitlines() if "FrameThrift:" in line]
+        for line in dict.fromkeys(told):
+            say("ComfyUI's log: " + line[line.index("FrameThrift:") :])
+        return clips, server.get("/system_stats")["system"]["comfyui_version"]
+
+
+def pictures(clips: dict[str, list[Clip]], prices: list[float]) -> Iterator[Image.Image]:
+    """The video's, one caption after the other."""
+    below = [
+        f"{sum(usual_seconds(clips[setting.name]).values()):.1f} s a clip here; {price:.0%} of the FLOPs at LTX-2's size"
+        for setting, price in zip(SETTINGS, prices, strict=True)
+    ]
+    for i, caption in enumerate(CAPTIONS):
+        title = f"“{words(caption)}”, the same seed in all; a small model's 64 × 64 pixels, enlarged"
+        yield from side_by_side(SETTINGS, [clips[setting.name][i] for setting in SETTINGS], title, below)
+
+
+def caption_inputs(caption: dict[str, str]) -> dict[str, str]:
+    return {"second_shape": "none", **caption}
+
+
+def words(caption: dict[str, str]) -> str:
+    return "{speed} {direction} {shape} with {texture}".format(**caption)
 
 
 def show_steps(name: str) -> Progress:
-    """A progress callback that keeps one line on a terminal and writes one line a step elsewhere."""
+    """A progress callback that keeps one line on a terminal and writes one line a stage elsewhere."""
     begun = time.perf_counter()
 
     def show(node: str, done: int, total: int) -> None:
-        if node == SAMPLER:
-            line = f"  {name}: step {done} of {total}, {time.perf_counter() - begun:.0f} s"
-            end = "\r" if sys.stdout.isatty() and done < total else "\n"
-            print(line.ljust(60), end=end, flush=True)
+        if node in ("first", "second") and (sys.stdout.isatty() or done == total):
+            line = f"  {name}: {node} stage, step {done} of {total}, {time.perf_counter() - begun:.0f} s"
+            print(line.ljust(100), end="\r" if done < total else "\n", flush=True)
 
     return show
-
-
-def count_attention_flops(clips: list[Clip]) -> None:
-    """Counts, for each clip, the attention products of one forward of the demo's shape, in this process."""
-    comfyui_tree.use_comfyui()
-    from comfy.cli_args import args
-
-    # ComfyUI's default on a CPU hides its products in chunks of its own; the count is of PyTorch's attention.
-    args.use_pytorch_cross_attention = True
-    import comfy.sample
-    import node_helpers
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-    aten = torch.ops.aten
-    formulas = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-    }
-    node = importlib.import_module(f"{comfyui_tree.load_pack().__name__}.nodes").ApplyTemporalWindow
-    comfyui_tree.load_tiny()
-    tiny = importlib.import_module("tiny_ltx.model")
-    latent = torch.zeros(1, 128, (FRAMES - 1) // 8 + 1, SIZE // 32, SIZE // 32)
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
-    caption = tiny.encode_caption("ring", "horizontal", "medium")
-    positive = node_helpers.conditioning_set_values(caption, {"frame_rate": FRAME_RATE})
-    for clip in clips:
-        model = tiny.load_model()
-        if clip.settings is not None:
-            model = node.execute(model, **clip.settings).args[0]
-        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-            # cfg 1 leaves one conditioning, one step leaves one call.
-            comfy.sample.sample(
-                model, noise, 1, 1.0, "euler", "simple", positive, positive, latent, disable_pbar=True
-            )
-        by_operator = counter.get_flop_counts()["Global"]
-        # The model multiplies batched matrices in attention only; its linears are addmm.
-        clip.attention_flops = sum(
-            flops for op, flops in by_operator.items() if "scaled_dot" in str(op) or "bmm" in str(op)
-        )
-
-
-def read_video(path: Path) -> np.ndarray:
-    """All frames as uint8 [frames, height, width, 3]."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def write_video(path: Path, frames: np.ndarray) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(FRAME_RATE), options={"crf": "16"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def side_by_side(left: np.ndarray, right: np.ndarray, titles: tuple[str, str]) -> np.ndarray:
-    """Both clips in one picture, a line of text above each."""
-    count, height, width, _ = left.shape
-    bar, gap = 24, 8
-    canvas = Image.new("RGB", (2 * width + gap, bar), "white")
-    for title, x in zip(titles, (6, width + gap + 6), strict=True):
-        ImageDraw.Draw(canvas).text((x, 6), title, fill="black")
-    between = np.full((count, height, gap, 3), 255, np.uint8)
-    top = np.broadcast_to(np.asarray(canvas), (count, bar, 2 * width + gap, 3))
-    return np.concatenate([top, np.concatenate([left, between, right], axis=2)], axis=1)
-
-
-def contact_sheet(
-    left: np.ndarray, right: np.ndarray, titles: tuple[str, str], columns: int = 8
-) -> Image.Image:
-    """Rows: first clip, second clip, their difference, 4 times; columns: frames spread over the clip."""
-    which = np.linspace(0, len(left) - 1, columns).round().astype(int)
-    difference = np.abs(left.astype(np.int16) - right.astype(np.int16))
-    rows = [left, right, (difference * 4).clip(0, 255).astype(np.uint8)]
-    cell, margin, bar = 160, 4, 20
-    sheet = Image.new("RGB", (columns * (cell + margin) + margin, len(rows) * (cell + bar) + bar), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (frames, title) in enumerate(zip(rows, (*titles, "difference, 4 times"), strict=True)):
-        top = row * (cell + bar)
-        draw.text((margin, top + 4), title, fill="black")
-        for column, frame in enumerate(which):
-            tile = Image.fromarray(frames[frame]).resize((cell, cell), Image.Resampling.LANCZOS)
-            sheet.paste(tile, (margin + column * (cell + margin), top + bar))
-    for column, frame in enumerate(which):
-        draw.text((margin + column * (cell + margin), sheet.height - bar + 4), f"frame {frame}", fill="black")
-    return sheet
-
-
-def psnr(reference: np.ndarray, other: np.ndarray) -> float:
-    error = np.mean((reference.astype(np.float64) - other.astype(np.float64)) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def describe(clips: list[Clip], window_psnr: float) -> str:
-    """The table, in Markdown."""
-    dense = clips[0].attention_flops
-    lines = [
-        "| run | wall time | attention FLOPs of one model call | PSNR against stock |",
-        "|---|---|---|---|",
-    ]
-    for clip, quality in zip(clips, ("—", f"{window_psnr:.1f} dB"), strict=True):
-        share = f"{clip.attention_flops / 1e9:.3f} GFLOP ({clip.attention_flops / dense:.0%})"
-        lines.append(f"| {clip.name} | {clip.seconds:.1f} s | {share} | {quality} |")
-    lines.append("")
-    lines.append(
-        f"{FRAMES} frames {SIZE}×{SIZE}, ComfyUI {comfyui_version()} on the CPU, the tiny test model. Wall time is one run "
-        "each, with everything around the sampler. FLOPs are counted, not estimated, and include attention to "
-        "the text; PSNR is of the saved videos."
-    )
-    return "\n".join(lines) + "\n"
-
-
-def comfyui_version() -> str:
-    from comfyui_version import __version__
-
-    return str(__version__)
 
 
 def say(message: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .captions import CAPTION_CHANNELS, CAPTION_TOKENS, caption_ids, embed_captions
+from .codec import ZOOM
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "weights"
@@ -133,11 +134,11 @@ def load_model(name: str = "teacher") -> Any:
     return patcher
 
 
-def load_vae() -> Any:
-    """The codec as a ComfyUI VAE: latent [B, 128, T, H, W] <-> images [8 (T - 1) + 1, 32H, 32W, 3] in 0..1."""
+def load_vae(zoom: int = ZOOM) -> Any:
+    """The codec as a ComfyUI VAE: latent [B, 128, T, H, W] <-> images [8 (T - 1) + 1, 4 zoom H, 4 zoom W, 3] in 0..1."""
     from .vae import CodecVAE
 
-    return CodecVAE()
+    return CodecVAE(zoom)
 
 
 def _conditioning(context: torch.Tensor) -> Conditioning:

@@ -75,6 +75,22 @@ def test_the_codec_is_exact_at_both_sizes_and_makes_larger(tiny):
     )
 
 
+def test_the_upscaling_node_makes_larger_and_keeps_the_note(tiny):
+    latent = torch.randn(1, 128, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    note = {"stride": 2, "frames": 5, "strided_frames": 3}
+    larger = tiny("nodes").ThriftTinyUpscale.execute({"samples": latent, "frame_thrift_stride": note}).args[0]
+    codec = tiny("codec").Codec(zoom=1)
+    assert torch.equal(larger["samples"], tiny("codec").upscaled(codec, latent))
+    assert larger["samples"].shape == (1, 128, 3, 16, 16) and larger["frame_thrift_stride"] == note
+
+
+def test_the_loader_shows_pictures_as_large_as_it_is_asked_to(tiny):
+    words = {"shape": "ring", "direction": "horizontal", "speed": "medium", "second_shape": "none"}
+    for zoom, side in (({"zoom": 1}, 32), ({}, 256)):
+        vae = tiny("nodes").ThriftTinyLTX.execute(**words, **zoom).args[3]
+        assert vae.decode(torch.zeros(1, 128, 2, 8, 8)).shape[-3:] == (side, side, 3)
+
+
 def test_differences_are_added_as_comfyui_adds_loras(tiny):
     model = tiny("model")
     try:

@@ -27,14 +27,14 @@ def _load(path: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def driver() -> ModuleType:
-    """demo/comfy_server.py: the server and its exceptions."""
-    return _load(REPO / "demo" / "comfy_server.py")
+    """comfy_server.py: the server and its exceptions."""
+    return _load(REPO / "comfy_server.py")
 
 
 @pytest.fixture(scope="session")
 def graphs() -> ModuleType:
-    """demo/graph.py: the tiny model's graph."""
-    return _load(REPO / "demo" / "graph.py")
+    """one_stage.py: the tiny model's graph."""
+    return _load(Path(__file__).parent / "one_stage.py")
 
 
 @pytest.fixture(scope="session")

@@ -252,7 +252,7 @@ def test_object_info_of_the_other_nodes(object_info: dict[str, Any], name: str) 
 
 
 def with_stride(graphs: Any, stride: dict[str, Any], fill: dict[str, Any]) -> dict[str, Any]:
-    """The demo's graph with KeyframeStride before the sampler and LatentFlowInterpolate behind it."""
+    """The graph with KeyframeStride before the sampler and LatentFlowInterpolate behind it."""
     graph = graphs.build_graph(None, **SMALL)
     sampler = graph[graphs.SAMPLER]["inputs"]
     guider = graph[sampler["guider"][0]]["inputs"]

@@ -58,12 +58,16 @@ def _die_with_parent() -> None:
 
 @dataclass
 class Result:
-    """One finished graph: what the nodes showed (by node id), what came from the cache, how long it took."""
+    """One finished graph: what the nodes showed (by node id), what came from the cache, how long it took.
+
+    node_seconds: of the nodes that ran, from the message that one begins to the message that the next does.
+    """
 
     prompt_id: str
     seconds: float
     outputs: dict[str, Any] = field(default_factory=dict)
     cached: frozenset[str] = frozenset()
+    node_seconds: dict[str, float] = field(default_factory=dict)
 
 
 class ComfyServer:
@@ -190,10 +194,14 @@ class ComfyServer:
         """Stops the running graph, as the frontend's button does."""
         self.request("POST", "/interrupt", {})
 
+    def output_paths(self, result: Result, node: str, kind: str = "images") -> list[Path]:
+        """The files that an output node (SaveVideo, SaveImage) of a run wrote."""
+        entries = result.outputs[node][kind]
+        return [self.base / entry["type"] / entry["subfolder"] / entry["filename"] for entry in entries]
+
     def output_path(self, result: Result, node: str, kind: str = "images") -> Path:
-        """The file that an output node (SaveVideo, SaveImage) of a run wrote."""
-        entry = result.outputs[node][kind][0]
-        return self.base / entry["type"] / entry["subfolder"] / entry["filename"]
+        """The first of them."""
+        return self.output_paths(result, node, kind)[0]
 
     def queue(self, prompt: Prompt, progress: Progress | None = None, seconds: float = 600) -> Result:
         """Runs a graph in API format to its end.
@@ -223,19 +231,21 @@ class ComfyServer:
                     if answer.status != 200:
                         raise PromptRejected(answer.status, body)
                 prompt_id = body["prompt_id"]
-                cached, failure = await self._follow(socket_, prompt_id, progress)
+                cached, node_seconds, failure = await self._follow(socket_, prompt_id, progress)
             if failure is not None:
                 raise failure
             seconds = time.perf_counter() - begun
             async with session.get(f"{self.url}/history/{prompt_id}") as answer:
                 outputs = (await answer.json())[prompt_id]["outputs"]
-        return Result(prompt_id, seconds, outputs, cached)
+        return Result(prompt_id, seconds, outputs, cached, node_seconds)
 
     async def _follow(
         self, socket_: aiohttp.ClientWebSocketResponse, prompt_id: str, progress: Progress | None
-    ) -> tuple[frozenset[str], Exception | None]:
+    ) -> tuple[frozenset[str], dict[str, float], Exception | None]:
         """Reads messages until the server has let go of the graph, which is also after an error."""
         cached: frozenset[str] = frozenset()
+        node_seconds: dict[str, float] = {}
+        running, since = None, 0.0
         failure: Exception | None = None
         async for message in socket_:
             if message.type != aiohttp.WSMsgType.TEXT:
@@ -255,6 +265,11 @@ class ComfyServer:
                 )
             elif kind == "execution_interrupted":
                 failure = ExecutionInterrupted(f"The run was stopped in node {data.get('node_id')}.")
-            elif kind == "executing" and data.get("node") is None:
-                return cached, failure
+            elif kind == "executing":
+                now = time.perf_counter()
+                if running is not None:
+                    node_seconds[running] = node_seconds.get(running, 0.0) + now - since
+                running, since = data.get("node"), now
+                if running is None:
+                    return cached, node_seconds, failure
         raise ServerFailed(f"The server closed the connection.\n{self._log_tail()}")
