@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from graph import PARTS, Setting
+from graph import FIRST_SIGMAS, PARTS, Setting
 
 # Of the lab's rows: the distilled refiner, 17 latent frames.
 MODEL, LATENT_FRAMES = "refiner", 17
@@ -51,11 +51,15 @@ def lab_row(report: dict[str, Any], setting: Setting, of_other_noise: bool = Fal
         "nodes": [],
         "has_other_noise": of_other_noise,
     }
+    first_steps = None if setting.first_sigmas == FIRST_SIGMAS else len(setting.first_sigmas) - 1
     if setting.second > 1:
         wanted["is_guided"] = setting.is_guided
     rows = [row for row in report["rows"] if (row["base"], row["frames"]) == (MODEL, LATENT_FRAMES)]
     for row in rows:
-        if all(row["definition"][name] == value for name, value in wanted.items()):
+        definition = row["definition"]
+        if definition.get("first_steps") == first_steps and all(
+            definition[k] == v for k, v in wanted.items()
+        ):
             return row
     known = sorted({(row["definition"]["first"], row["definition"]["second"]) for row in rows})
     raise LookupError(
@@ -94,7 +98,8 @@ def table(
         f"lab: benchmarks/two_stage.json, over {other['clips']} clips of the same small model. FLOPs are counted at LTX-2's size, "
         f"{PRICED_AS.removesuffix(' f')} frames of 1280 × 704, decoding and encoding with them. Distance (Fréchet, all frames) and "
         "drift are better when lower. Detail is that of real clips = 1.",
-        "Fewer steps: a step less in the second stage. That is as near to our cost as whole steps come; mind the FLOPs.",
+        "Fewer steps: half of the first stage's and one less of the second's, the cheapest run of that kind that still draws its "
+        "textures; mind the FLOPs.",
         "PSNR says how near a run is to the dense one, not how good. Ours draws other noise, as its latent is shorter; dense with "
         "another seed of the second stage has "
         f"{other['figures']['psnr']:.1f} dB and a distance of {other['figures']['frechet_all']:.1f} in the lab.",

@@ -7,6 +7,8 @@ from typing import Any
 
 # LTX-2's own: 8 distilled steps at half the size, and 3 that refine at full size.
 FIRST_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
+# The same curve in half as many steps.
+HALF_FIRST_SIGMAS = (1.0, 0.9875, 0.975, 0.725, 0.0)
 REFINING_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
 
 FRAMES_IMAGES = "save"
@@ -25,12 +27,13 @@ PARTS = {
 class Setting:
     """One way to make the clip.
 
-    first, second: one frame in so many is diffused in either stage. sigmas: of the second one.
+    first, second: one frame in so many is diffused in either stage. first_sigmas, sigmas: of both.
     """
 
     name: str
     first: int = 1
     second: int = 1
+    first_sigmas: tuple[float, ...] = FIRST_SIGMAS
     sigmas: tuple[float, ...] = REFINING_SIGMAS
 
     @property
@@ -68,7 +71,7 @@ def build_graph(
     if setting.first > 1:
         graph["thin empty"] = _node("KeyframeStride", model=model, latent=latent, stride=setting.first)
         model, latent = ["thin empty", 0], ["thin empty", 1]
-    graph |= _stage("first", model, latent, FIRST_SIGMAS, seed)
+    graph |= _stage("first", model, latent, setting.first_sigmas, seed)
 
     model, latent = ["refiner", 0], ["first", 0]
     if setting.second > 1:
