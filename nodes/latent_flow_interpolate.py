@@ -87,7 +87,8 @@ class LatentFlowInterpolate(io.ComfyNode):
                     tooltip=(
                         "The same clip at a higher frame rate and full to a quarter of the size: the first stage's decoded "
                         "frames, all of them, or every 2nd or 4th where that stage was strided. Frames in between follow "
-                        "it, and method makes those that it does not have. Needs vae."
+                        "it, and method makes those that it does not have. On film that gains much, behind a second stage "
+                        "that invents its picture anew less. Needs vae."
                     ),
                 ),
             ],

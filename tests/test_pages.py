@@ -6,8 +6,16 @@ import importlib
 import json
 import re
 import sys
+from functools import partial
+from random import Random
+from typing import Any, NamedTuple
 
 import pytest
+
+TEACHER, STUDENT = "teacher", "student"
+LENGTHS = (13, 25)
+FREEZE = "whole blocks, linear, from 0.2, every 2."
+REFINED = "stride 3, motion, 12 steps, refined from σ 0.8"
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +106,224 @@ def test_a_row_that_is_not_there_is_named(render):
         render.find("pacing", row="none")
     with pytest.raises(LookupError, match="no row 'none'"):
         render.table("pacing", ["none"])
+
+
+class Said(NamedTuple):
+    """A sentence of a node's own text or of a template's note, and whether the figures say so."""
+
+    where: str
+    words: str
+
+    def holds(self, render: Any) -> bool:
+        return bool(VERDICTS[self](render))
+
+
+def cheaper_and_alike(render, more, less, most):
+    """`less` costs clearly less than `more`, at most `most` times its distance, and hardly more drift."""
+    pairs = [[render.quality(TEACHER, frames, name) for name in (more, less)] for frames in LENGTHS]
+    return all(
+        own.cost < 0.9 * of.cost and own.frechet_all < most * of.frechet_all and own.drift < 1.03 * of.drift
+        for of, own in pairs
+    )
+
+
+def three_beats_four(render):
+    rows = [
+        [render.quality(model, frames, f"stride {stride}, motion") for stride in (3, 4)]
+        for model in (TEACHER, STUDENT)
+        for frames in LENGTHS
+    ]
+    return all(
+        three.frechet_all < 0.8 * four.frechet_all and three.cost < four.cost + 0.08 for three, four in rows
+    )
+
+
+def between_stages(render):
+    two, four = (render.two_stage(f"stride {stride}") for stride in (2, 4))
+    rival, steps = (render.two_stage(f"{name} from σ 0.909375") for name in ("6 + 2 steps", "2 steps"))
+    both = render.two_stage("both stages at stride 2, blind")
+    return (
+        all(abs(own.of_dense.frechet_all / two.of_dense.frechet_all - 1) < 0.15 for own in (rival, steps))
+        and abs(rival.cost["121 f"] - two.cost["121 f"]) < 0.05
+        and two.cost["121 f"] < steps.cost["121 f"] - 0.05
+        and both.frechet_all < 0.8 * four.frechet_all
+        and both.cost["121 f"] < four.cost["121 f"]
+    )
+
+
+def frozen_beats_fewer(render, names):
+    rows = [render.quality(TEACHER, frames, name) for frames in LENGTHS for name in names]
+    return all(own.psnr > own.fewer.psnr for own in rows)
+
+
+def none_beats_fewer(render, kind, but):
+    rows = [
+        (row, render.quality(STUDENT, row["frames"], row["row"]))
+        for row in render.content("quality")["rows"]
+        if row["model"] == STUDENT and row["definition"]["kind"] == kind
+    ]
+    return len(rows) > 4 and all(
+        own.psnr < 1.02 * own.fewer.psnr for row, own in rows if row["row"] not in but
+    )
+
+
+def frozen_share(render, start):
+    rows = [
+        row["of_dense"]
+        for row in render.content("freeze")["rows"]
+        if (row["steps"], row["scope"], row["refresh_every"]) == (24, "whole blocks", 3)
+        and (row["start_percent"], row["cache_device"], row["cache_dtype"]) == (start, "gpu", "default")
+    ]
+    return [1 - share for share in rows]
+
+
+def best_recipe(render):
+    rows = [render.quality(TEACHER, frames, f"{REFINED} + {FREEZE}") for frames in LENGTHS]
+    return all(
+        row.of_dense.frechet_all <= 1 and row.cost < 0.34 and row.of_dense.drift < 1.05 for row in rows
+    )
+
+
+def a_window_drifts(render):
+    name = "stride 2, motion, full length from σ 0.75"
+    rows = [
+        [render.quality(TEACHER, frames, name + more) for more in ("", " with a window")]
+        for frames in LENGTHS
+    ]
+    return all(
+        own.frechet_all < 1.08 * of.frechet_all and own.drift > 1.05 * of.drift and own.cost < of.cost
+        for of, own in rows
+    )
+
+
+def packed_costs(render):
+    name = "whole blocks, linear, from 0.4, every 3."
+    return [
+        abs(
+            render.quality(TEACHER, frames, name).psnr
+            - render.quality(TEACHER, frames, f"{name}, kept as fp8_e4m3fn").psnr
+        )
+        for frames in LENGTHS
+    ]
+
+
+def film_and_second_stage(render):
+    film = [
+        render.find("inbetween", segment="Bunny, fast", gap=4, reference="clean", method=method).psnr
+        for method in ("guided", "motion")
+    ]
+    gained = render.two_stage("stride 2").frechet_all / render.two_stage("stride 2, blind").frechet_all
+    return film[0] > film[1] + 3 and 0.7 < gained < 0.95
+
+
+TWO_STAGE = (
+    "two_stage_text_to_video",
+    "two_stage_image_to_video",
+    "two_stage_first_last_frame",
+    "two_stage_text_to_video_ltx_2_5",
+    "two_stage_image_to_video_ltx_2_5",
+)
+MILDEST = tuple(f"pooled 2, ±1, dense edge{more}" for more in (", from 0.4", " of 2, from 0.25"))
+VERDICTS = {
+    Said("KeyframeStride", "stride 3 came closer than 4 for hardly more"): three_beats_four,
+    Said("KeyframeStride", "3 much less than 4"): three_beats_four,
+    Said(
+        "KeyframeStride", "Between two stages stride 2 was about as good as fewer steps in both"
+    ): between_stages,
+    Said("KeyframeStride", "the same stride in both stages came closer"): between_stages,
+    Said("LatentFlowInterpolate", "On film that gains much, behind a second stage"): film_and_second_stage,
+    Said("ScheduleSpatialFreeze", "came closer to the full result than fewer steps"): lambda render: (
+        frozen_beats_fewer(render, [FREEZE, "whole blocks, linear, from 0.4, every 3."])
+    ),
+    Said("ScheduleSpatialFreeze", "So it was with 16 and 12 steps"): lambda render: frozen_beats_fewer(
+        render, [f"{steps} steps + {FREEZE}" for steps in (16, 12)]
+    ),
+    Said("ScheduleSpatialFreeze", "on top of Keyframe Stride it cost next to nothing"): lambda render: all(
+        cheaper_and_alike(render, name, f"{name} + {FREEZE}", 1.03)
+        for name in ("stride 2, motion", "stride 3, motion")
+    ),
+    Said("ScheduleSpatialFreeze", "one step less came closer"): lambda render: none_beats_fewer(
+        render, "freeze", ()
+    ),
+    Said("ScheduleSpatialFreeze", "less than a tenth of a decibel"): lambda render: (
+        max(packed_costs(render)) < 0.1
+    ),
+    Said("ScheduleSpatialFreeze", "0.4 saved about a quarter of the time, 0.2 a third"): lambda render: (
+        all(0.2 < saved < 0.28 for saved in frozen_share(render, 0.4))
+        and all(0.28 < saved < 0.37 for saved in frozen_share(render, 0.2))
+    ),
+    Said("ThriftLowRankAttention", "with 8 but for the mildest settings"): lambda render: none_beats_fewer(
+        render, "low rank", MILDEST
+    ),
+    Said("ThriftLowRankAttention", "In the second stage of two it stayed near"): lambda render: all(
+        render.two_stage(name).of_dense.frechet_all < 1.2 for name in ("pooled 2, ±2", "routed 30%")
+    ),
+    Said("keyframe_stride", "it came much closer for hardly more"): three_beats_four,
+    Said("coarse_to_fine", "hardly costs distance, but the clip drifts more"): a_window_drifts,
+    Said("schedule_spatial_freeze", "A fifth to a quarter of the sampling time"): lambda render: all(
+        0.2 < saved < 0.25 for saved in frozen_share(render, 0.4)
+    ),
+    Said("schedule_spatial_freeze", "Take it with 12 steps or more"): lambda render: frozen_beats_fewer(
+        render, [f"{steps} steps + {FREEZE}" for steps in (16, 12)]
+    ),
+    Said("stride_refine_undistilled", "as near as all 24 steps at both lengths, for a third"): best_recipe,
+    **{
+        Said(name, "six and two steps instead of eight and three did about as well"): between_stages
+        for name in TWO_STAGE
+    },
+    **{
+        Said(name, "3 came much closer than 4"): lambda render: (
+            render.two_stage("stride 3", frames=16).frechet_all
+            < 0.75 * render.two_stage("stride 4", frames=16).frechet_all
+        )
+        for name in TWO_STAGE
+    },
+}
+
+
+def own_text(pack, name):
+    """What a node says of itself, or the notes of a template."""
+    for node in pack("nodes").NODES:
+        schema = node.GET_SCHEMA()
+        if schema.node_id == name:
+            return " ".join([schema.description, *(field.tooltip or "" for field in schema.inputs)])
+    graph = json.loads((pack.root / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    notes = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote"]
+    return " ".join(notes)
+
+
+@pytest.mark.parametrize("said", VERDICTS, ids=lambda said: f"{said.where}: {said.words}")
+def test_nodes_and_templates_say_what_the_figures_say(pack, render, said):
+    assert said.words in own_text(pack, said.where)
+    assert said.holds(render)
+
+
+def changed(found, by, within=False):
+    """Figures and times as `by` makes them of a figure and of its row's place; prices stay."""
+    if isinstance(found, dict):
+        inside = ("figures", "of_dense", "psnr")
+        return {key: changed(value, by, within or key in inside) for key, value in found.items()}
+    if isinstance(found, list):
+        return [changed(value, partial(by, place=place)) for place, value in enumerate(found)]
+    return by(found) if within and isinstance(found, float) and found else found
+
+
+# Rows that are alike are pulled apart by one of these.
+FALSE = [lambda found, place=0: 1 / found] + [
+    lambda found, place=0, seed=seed: found * Random(f"{seed} {place}").choice((1, 3)) for seed in range(3)
+]
+
+
+def test_every_verdict_falls_with_other_figures(render, monkeypatch):
+    """Each of them with one of these falsifications at least."""
+    real = {name: render.content(name) for name in ("quality", "two_stage", "freeze", "inbetween")}
+    left = list(VERDICTS)
+    try:
+        for by in FALSE:
+            false = {name: changed(found, by) for name, found in real.items()}
+            monkeypatch.setattr(render, "content", false.get)
+            render.group.cache_clear()
+            left = [said for said in left if said.holds(render)]
+        assert left == []
+    finally:
+        render.group.cache_clear()
