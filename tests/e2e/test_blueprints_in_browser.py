@@ -110,7 +110,7 @@ def drop(page: Any, server: Any, name: str) -> None:
     page.goto(server.url)
     page.wait_for_function("window.app?.vueAppReady")
     page.evaluate("app.graph.clear()")
-    page.get_by_role("button", name="Nodes", exact=True).click()
+    page.locator("button.node-library-tab-button").click()
     page.get_by_placeholder("Search").first.fill("LTX Efficient")
     page.get_by_role("treeitem").filter(has_text="FrameThrift").wait_for()
     entry = page.get_by_role("treeitem").filter(has_text=name)
@@ -138,7 +138,7 @@ def test_blueprint_is_found_dropped_connected_and_run(page: Any, server: Any, na
     nodes, links = surroundings(name)
     page.evaluate(BUILD, [nodes, links])
     before = set(server.get("/history"))
-    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_test_id("queue-button").click()
     run = wait_for_the_end(server, before)
     assert run["status"]["status_str"] == "success", run["status"]
     assert sorted(len(output.get("images", ())) for output in run["outputs"].values())[-1] == LENGTH
