@@ -96,9 +96,7 @@ def chain(knobs: dict[str, Any], sockets: dict[str, Any] = SOCKETS) -> dict[str,
     if given["freeze"]:
         widgets = {"start_percent": 0.6, "end_percent": 1.0, "scope": "whole blocks", "forecast": "linear"}
         widgets |= {"blocks_kept": 0, "cache_device": "auto", "cache_limit_gb": 0.0}
-        nodes["freeze"] = node(
-            "ScheduleSpatialFreeze", model=model, refresh_every=given["freeze"], **widgets
-        )
+        nodes["freeze"] = node("ScheduleSpatialFreeze", model=model, refresh_every=given["freeze"], **widgets)
         model = ["freeze", 0]
     both = {name: given[name] for name in ("positive", "negative", "cfg")}
     nodes["guider"] = node("CFGGuider", model=model, **both)
@@ -275,7 +273,9 @@ def test_knobs_replace_what_the_preset_chose(
 
 
 def test_a_stride_that_leaves_no_clip_is_refused_with_the_remedy(runs: Runs, driver: Any) -> None:
-    with pytest.raises(driver.ExecutionFailed, match="8 is too large for 5 latent frames.*Set it to 4 or less"):
+    with pytest.raises(
+        driver.ExecutionFailed, match="8 is too large for 5 latent frames.*Set it to 4 or less"
+    ):
         runs.sampler({"stride": 8}, around())
 
 
@@ -351,7 +351,6 @@ def test_two_stages_bring_back_every_frame_and_the_sound(
     assert result.outputs["rate"]["text"] == [str(float(RATE))]
     runs_of_ours = [entry for entry in new_log().splitlines() if " taken" in entry]
     assert preset == "quality" or runs_of_ours
-
 
 
 def test_the_image_is_the_first_frame(runs: Runs) -> None:

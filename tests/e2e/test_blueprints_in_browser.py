@@ -93,22 +93,28 @@ def surroundings(name: str) -> Graph:
 
 
 @pytest.fixture(scope="module")
-def page(server: Any) -> Iterator[Any]:
+def browser(server: Any) -> Iterator[Any]:
     # Else a first visit opens the templates.
     server.request("POST", "/settings", {"Comfy.TutorialCompleted": True})
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=found, args=["--no-sandbox", "--no-proxy-server"]
-        )
-        yield browser.new_page(viewport={"width": 1800, "height": 1000})
-        browser.close()
+        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--no-proxy-server"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A visitor of whom the frontend remembers nothing, so that it opens its default graph."""
+    page = browser.new_page(viewport={"width": 1800, "height": 1000})
+    yield page
+    page.context.close()
 
 
 def drop(page: Any, server: Any, name: str) -> None:
-    """Opens the frontend anew, finds the blueprint in the node library, and drags it to the canvas."""
+    """Opens the frontend, finds the blueprint in the node library, and drags it to the emptied canvas."""
     page.goto(server.url)
-    page.wait_for_function("window.app?.vueAppReady")
+    page.wait_for_function("window.app?.vueAppReady && app.graph.nodes.length")
     page.evaluate("app.graph.clear()")
     page.locator("button.node-library-tab-button").click()
     page.get_by_placeholder("Search").first.fill("LTX Efficient")
@@ -131,7 +137,9 @@ def wait_for_the_end(server: Any, seen: set[str], seconds: float = 300) -> dict[
 @pytest.mark.parametrize("name", [SAMPLER, TEXT, IMAGE])
 def test_blueprint_is_found_dropped_connected_and_run(page: Any, server: Any, name: str) -> None:
     drop(page, server, name)
-    shown = page.evaluate("app.graph.nodes.map((node) => [node.title, node.widgets.map((entry) => entry.name)])")
+    shown = page.evaluate(
+        "app.graph.nodes.map((node) => [node.title, node.widgets.map((entry) => entry.name)])"
+    )
     ((title, knobs),) = shown
     assert title == name
     assert knobs[:3] == (["cfg", "preset", "stride"] if name == SAMPLER else ["preset", "width", "height"])

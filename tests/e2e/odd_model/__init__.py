@@ -124,9 +124,7 @@ class ThriftOddSoundVAE(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ThriftOddSoundVAE", category="FrameThrift/test", outputs=[io.Vae.Output()]
-        )
+        return io.Schema(node_id="ThriftOddSoundVAE", category="FrameThrift/test", outputs=[io.Vae.Output()])
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
