@@ -353,6 +353,24 @@ def test_two_stages_bring_back_every_frame_and_the_sound(
     assert preset == "quality" or runs_of_ours
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_divides_the_length_that_two_stages_come_with(
+    runs: Runs, preset: str, new_log: Any
+) -> None:
+    """Else the last frames end behind the sound."""
+    (length,) = (
+        entry["widgets_values"][0] for entry in box_of(TEXT)["nodes"] if entry.get("title") == "length"
+    )
+    nodes = around(length) | {
+        "of the preset": node(
+            "ThriftPreset", stage="first", preset=preset, model=["tiny", 0], latent=["empty", 0]
+        )
+    }
+    made = runs.latents(nodes, strided=["of the preset", 1])
+    assert made["strided"].shape[2] < (length - 1) // 8 + 1 or preset == "quality"
+    assert "does not divide" not in new_log()
+
+
 def test_the_image_is_the_first_frame(runs: Runs) -> None:
     given = SOUND | {"vae": ["tiny", 3], "audio_vae": ["sound vae", 0], "upscale_model": ["upscaler", 0]}
     sizes = {"width": 128, "height": 128, "length": 17, "frame_rate": RATE, "preset": "balanced"}
