@@ -24,7 +24,9 @@ PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 TORCH = ["torch<2.15", "torchvision", "torchaudio"]
 TYPED = ["patches", "latents", "presets", "nodes", "checks"]
 # What also runs on the oldest ComfyUI release; its tree on the registry has no server.
-IN_PROCESS = [f"tests/{room}" for room in ("kernels", "latents", "layouts", "patches", "presets", "reuse", "comfy")]
+IN_PROCESS = [
+    f"tests/{room}" for room in ("kernels", "latents", "layouts", "patches", "presets", "reuse", "comfy")
+]
 OLDEST = "0.9.2"
 # The first known to have the kernel of routed attention; newer than what the pinned ComfyUI requires.
 KITCHEN = "comfy-kitchen==0.2.40"
