@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,10 +24,14 @@ PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 TORCH = ["torch<2.15", "torchvision", "torchaudio"]
 TYPED = ["patches", "latents", "presets", "nodes", "checks"]
 # What also runs on the oldest ComfyUI release; its tree on the registry has no server.
-IN_PROCESS = [f"tests/{room}" for room in ("kernels", "latents", "layouts", "patches", "presets", "reuse", "comfy")]
+IN_PROCESS = [
+    f"tests/{room}" for room in ("kernels", "latents", "layouts", "patches", "presets", "reuse", "comfy")
+]
 OLDEST = "0.9.2"
 # The first known to have the kernel of routed attention; newer than what the pinned ComfyUI requires.
 KITCHEN = "comfy-kitchen==0.2.40"
+PLAYWRIGHT = "playwright==1.65.2"
+CHROMES = ("chromium", "chromium-browser", "google-chrome")
 # A file is one worker's, so that its models are built, and its server is started, once.
 IN_PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -109,6 +114,19 @@ def routed(session: nox.Session) -> None:
         )
     files = ["tests/kernels/test_routed.py", "tests/comfy/test_low_rank.py"]
     run(session, "-m", "pytest", *files, *session.posargs, PYTHONPATH=str(folder))
+
+
+@nox.session(python=False)
+def browser(session: nox.Session) -> None:
+    """The blueprints in ComfyUI's frontend, in the Chromium of this machine or one put in .cache/."""
+    prepare(session)
+    folder = ROOT / ".cache" / PLAYWRIGHT.replace("==", "-")
+    if not (folder / "playwright").is_dir():
+        session.run(str(PYTHON), "-m", "pip", "install", "--target", str(folder), PLAYWRIGHT, external=True)
+    env = {"PYTHONPATH": str(folder), "PLAYWRIGHT_BROWSERS_PATH": str(folder / "browsers")}
+    if not any(map(shutil.which, CHROMES)):
+        run(session, "-m", "playwright", "install", "chromium", **env)
+    run(session, "-m", "pytest", "tests/e2e/test_blueprints_in_browser.py", *session.posargs, **env)
 
 
 @nox.session(python=False)

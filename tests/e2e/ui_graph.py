@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 MUTED, BYPASSED = 2, 4
+# What a subgraph's links name as the origin of its inputs.
+INPUTS, OUTPUTS = -10, -20
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 
 
@@ -25,6 +28,39 @@ def to_prompt(graph: dict[str, Any], object_info: dict[str, Any]) -> dict[str, d
                 inputs[entry["name"]] = [str(source[0]), source[1]]
         prompt[str(node["id"])] = {"class_type": kind, "inputs": inputs}
     return prompt
+
+
+def box_to_prompt(
+    blueprint: dict[str, Any], object_info: dict[str, Any], given: dict[str, Any]
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[Any]]]:
+    """The API prompt of a blueprint's inner nodes, and where each of its outputs comes from.
+
+    given: values or links by the names of its inputs. A knob that is left out keeps its value; a socket does not.
+    """
+    box = copy.deepcopy(blueprint["definitions"]["subgraphs"][0])
+    names = {
+        link["id"]: box["inputs"][link["origin_slot"]]["name"]
+        for link in box["links"]
+        if link["origin_id"] == INPUTS
+    }
+    outside = []
+    for node in box["nodes"]:
+        for entry in node["inputs"]:
+            if entry["link"] in names:
+                outside.append((node["id"], entry["name"], names[entry["link"]], "widget" in entry))
+                entry["link"] = None
+    fields = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    inner = {"nodes": box["nodes"], "links": [[link[field] for field in fields] for link in box["links"]]}
+    prompt = to_prompt(inner, object_info)
+    for node, entry, name, is_knob in outside:
+        if name in given or not is_knob:
+            prompt[str(node)]["inputs"][entry] = given[name]
+    made = {
+        box["outputs"][link["target_slot"]]["name"]: [str(link["origin_id"]), link["origin_slot"]]
+        for link in box["links"]
+        if link["target_id"] == OUTPUTS
+    }
+    return prompt, made
 
 
 def _source(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,38 @@ class ThriftOddSound(io.ComfyNode):
         return io.NodeOutput(tiny_models.build_model(form), *text, {"samples": torch.zeros(1, 8, 101, 16)})
 
 
+class SoundVAE:
+    """What core's nodes ask of LTX-2's audio VAE, with its rates: 25 latent frames a second, 24 kHz."""
+
+    latent_channels = 8
+    latent_frequency_bins = 16
+    output_sample_rate = 24000
+
+    @property
+    def first_stage_model(self) -> SoundVAE:
+        return self
+
+    def num_of_latents_from_frames(self, frames: int, frame_rate: float) -> int:
+        return math.ceil(frames / frame_rate * 25)
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """[B, 8, T, 16] -> [B, samples, 2]: its mean, as loud as it goes."""
+        loudness = latent.mean(dim=(1, 3)).tanh().repeat_interleave(self.output_sample_rate // 25, dim=1)
+        return loudness[..., None].expand(-1, -1, 2)
+
+
+class ThriftOddSoundVAE(io.ComfyNode):
+    """In place of LTX-2's audio VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(node_id="ThriftOddSoundVAE", category="FrameThrift/test", outputs=[io.Vae.Output()])
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(SoundVAE())
+
+
 class ThriftOddUpscaler(io.ComfyNode):
     """The makers' latent upsampler, in space or in time."""
 
@@ -144,7 +177,7 @@ class ThriftOddInterpolator(io.ComfyNode):
 
 class OddModelExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ThriftOddModel, ThriftOddSound, ThriftOddUpscaler, ThriftOddInterpolator]
+        return [ThriftOddModel, ThriftOddSound, ThriftOddSoundVAE, ThriftOddUpscaler, ThriftOddInterpolator]
 
 
 async def comfy_entrypoint() -> OddModelExtension:
