@@ -32,8 +32,8 @@ def stride_for(recipe: Recipe, note: StrideNote | None, frames: int, is_fixed: b
         return note.stride, "" if note.stride == recipe.stride else ", as the latent is strided already"
     if recipe.stride > 1 and is_fixed:
         return 1, ": the latent holds a clip, and without vae it cannot be strided. Connect vae to save more"
-    # Two strided frames after the first are the least that show motion.
-    stride = min(recipe.stride, max(1, (frames - 1) // 2))
+    # With fewer than three strided frames after the first the small model's clips drift.
+    stride = min(recipe.stride, max(1, (frames - 1) // 3))
     return stride, "" if stride == recipe.stride else ", as the clip is short"
 
 
