@@ -21,6 +21,7 @@ from .stride import (
     NOTE,
     StrideNote,
     has_guides,
+    is_marked_full,
     latent_frames,
     mask_of,
     strided_length,
@@ -75,7 +76,7 @@ def note_for(
     if not stride and not length:
         if note is not None:
             stride, frames = note.stride, note.frames
-        elif found is not None and strided == found.frames:
+        elif is_marked_full(latent) or (found is not None and strided == found.frames):
             stride, frames = 1, strided
         else:
             raise ValueError(

@@ -15,7 +15,7 @@ import torch
 
 # What a LATENT is taken for while no note, VAE or MODEL says otherwise: all of LTX have made eight so far.
 FRAMES_A_LATENT = 8
-NOTE = "frame_thrift_stride"
+NOTE, FULL = "frame_thrift_stride", "frame_thrift_full"
 DEFAULT_STRIDE, LARGEST_STRIDE = 2, 8
 # Frames a second below which weights differ.
 SAFE_RATE = 20.0
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StrideNote:
-    """How a LATENT was thinned: `frames` latent frames became `strided_frames`; at stride 1 that it was not.
+    """How a LATENT was thinned: `frames` latent frames became `strided_frames`.
 
     Sound hands the note on to whatever video joins it. So beside sound the note tells, too, how long that was and how
     high and wide the video; 0 where there was none. Only what is not as the defaults say is written.
@@ -190,10 +190,33 @@ def holds_clip(latent: dict[str, Any]) -> bool:
     return bool(filled_frames(video_of(latent)).all())
 
 
+def refuse_extended(latent: dict[str, Any]) -> None:
+    """Raises ValueError for a strided latent that something has made longer since: it is neither strided nor full."""
+    note, frames = StrideNote.found(latent), video_of(latent).shape[2]
+    if note is None or not note.strided_frames < frames != note.frames:
+        return
+    # Sound may bring along the note of another clip.
+    if replace(note, strided_frames=frames).is_true_of(latent):
+        raise ValueError(
+            f"latent: it was strided to {note.strided_frames} latent frames and has {frames} now, as with added guides or "
+            "generated keyframes. Crop or separate them first, and add them behind this node."
+        )
+
+
+def marked_full(latent: dict[str, Any]) -> dict[str, Any]:
+    """`latent`, told to be of the full length, where nothing else tells: how long it is now."""
+    return {**latent, FULL: video_of(latent).shape[2]}
+
+
+def is_marked_full(latent: dict[str, Any]) -> bool:
+    return bool(latent.get(FULL) == video_of(latent).shape[2])
+
+
 def refuse_strided(latent: dict[str, Any]) -> None:
     """Raises ValueError if stride 1, which keeps the latent, meets one that was thinned: it would stay short."""
+    refuse_extended(latent)
     note = StrideNote.read(latent)
-    if note is not None and note.stride > 1:
+    if note is not None:
         raise ValueError(
             f"stride: 1 is the full length, but the latent is strided already: {note.strided_frames} latent frames instead of "
             f"{note.frames}. Connect the full-length latent, or leave this node out and keep the MODEL of the node that "
@@ -253,12 +276,12 @@ def thin(
     elif has_guides(mask):
         raise ValueError(
             "latent: its last frames are held, as added guides are. Connect the latent without them and add guides after "
-            "KeyframeStride."
+            "KeyframeStride or Thrift Preset."
         )
     elif not filled.all():
         raise ValueError(
             "latent: some latent frames after the first hold content and others do not, as guides, generated keyframes or "
-            "images put in place do. Connect the latent without them and add them after KeyframeStride."
+            "images put in place do. Connect the latent without them and add them after KeyframeStride or Thrift Preset."
         )
     elif reencode is None:
         raise ValueError(

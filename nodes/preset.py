@@ -4,12 +4,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..latents.stride import FRAMES_A_LATENT, StrideNote, holds_clip, video_of
+from ..latents.stride import StrideNote, holds_clip, marked_full, refuse_extended, video_of
 from ..patches import layouts
-from ..patches.mount import mount
+from ..patches.mount import mount, unmount
 from ..patches.node_text import NodeText
-from ..presets.choice import describe, stage_of, stride_for
-from ..presets.table import BALANCED, PRESETS, STAGES, TABLE
+from ..presets.choice import describe, first_stride, stage_of, stride_for, title_of
+from ..presets.table import BALANCED, PRESETS, SETTABLE, STAGES, TABLE
 from .keyframe_stride import KeyframeStride
 
 AUTO = "auto"
@@ -26,7 +26,7 @@ class ThriftPreset(io.ComfyNode):
                 "LTX-Video and LTX-2. Makes sampling cheaper with settings that measurements chose: it strides the latent, "
                 "and sets freezing, window and pacing on the model, as the other nodes of this pack would. Put it before "
                 "the sampler, and Latent Flow Interpolate behind the last one. Its text says what was set, what that "
-                "saved in measurements on a small model, and what it cost there. Nodes behind it override it."
+                "saved in measurements on a small model, and what it cost there. Nodes behind it override it, another preset too."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="An LTX-Video or LTX-2 model. It is cloned, not changed."),
@@ -45,7 +45,8 @@ class ThriftPreset(io.ComfyNode):
                     tooltip=(
                         "quality: nothing that was visible in measurements, saves little. balanced: half the frames are "
                         "diffused. fast: a third of them; fast motion suffers first. cool laptop: fast, with pauses that keep "
-                        "the GPU below 75 °C. With 12 steps or more every other step is frozen too."
+                        "the GPU below 75 °C. In a single stage of 12 steps or more every other step is "
+                        "frozen too."
                     ),
                 ),
                 io.Combo.Input(
@@ -97,23 +98,28 @@ class ThriftPreset(io.ComfyNode):
         vae: Any = None,
         sigmas: Any = None,
     ) -> io.NodeOutput:
-        inner = layouts.require(model, "Connect one of those, or leave Thrift Preset out.")
-        is_clip = holds_clip(latent)
+        layouts.require(model, "Connect one of those, or leave Thrift Preset out.")
+        refuse_extended(latent)
+        is_clip, note, frames = holds_clip(latent), StrideNote.read(latent), video_of(latent).shape[2]
         schedule = [] if sigmas is None else sigmas.tolist()
         stage = stage_of(None if stage == AUTO else stage, is_clip, schedule)
         recipe = TABLE[preset, stage]
-        frames = video_of(latent).shape[2]
-        stride, because = stride_for(recipe, StrideNote.read(latent), frames, is_clip and vae is None)
+        stride, because = stride_for(recipe, note, frames, is_clip and vae is None)
+        title, first = title_of(preset, stage, note, frames), first_stride(stage, recipe, note)
+        model = unmount(model, SETTABLE)
         shown = None
         if stride > 1:
             model, latent, _, shown = KeyframeStride.execute(model, latent, stride, vae=vae).args
         else:
-            # So that Latent Flow Interpolate knows that there is nothing to fill in.
-            told = layouts.frames_a_latent(inner) or FRAMES_A_LATENT
-            latent = StrideNote(1, frames, frames, frames_a_latent=told).write(latent)
-        for technique in recipe.techniques:
+            latent = marked_full(latent)
+        kept = video_of(latent).shape[2]
+        acting = [technique for technique in recipe.techniques if technique.is_any_use(kept)]
+        for technique in acting:
             model = mount(model, technique)
-        strided = video_of(latent).shape[2]
-        text = describe(preset, stage, recipe, (stride, frames, strided), because, len(schedule) - 1)
+        striding = (
+            f"keyframe stride {stride}: {kept} latent frames" if stride > 1 else "no keyframe stride"
+        ) + because
+        is_as_measured = stride == recipe.stride and len(acting) == len(recipe.techniques)
+        text = describe(title, striding, acting, recipe, is_as_measured, len(schedule) - 1, first)
         NodeText().show(text)
         return io.NodeOutput(model, latent, shown, text)

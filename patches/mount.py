@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
@@ -12,7 +13,7 @@ from .plan import PLAN, Plan, in_order, plan_in, without
 from .technique import Technique
 from .wrappers import WRAPPERS
 
-__all__ = ["journal_of", "mount", "plan_of"]
+__all__ = ["journal_of", "mount", "plan_of", "unmount"]
 
 KEY = "frame_thrift"
 
@@ -34,6 +35,17 @@ def mount(model: Any, technique: Technique) -> Any:
         rest = (*rest, technique)
     clone = model.clone()
     _set_plan(clone, in_order(rest))
+    return clone
+
+
+def unmount(model: Any, names: Collection[str]) -> Any:
+    """A clone of `model` without these techniques; without any of them, `model` itself."""
+    plan = plan_of(model)
+    rest = tuple(technique for technique in plan if technique.name not in names)
+    if len(rest) == len(plan):
+        return model
+    clone = model.clone()
+    _set_plan(clone, rest)
     return clone
 
 

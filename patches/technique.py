@@ -83,6 +83,10 @@ class Technique:
         assert part is not None
         return f"start_percent {part.start_percent:g} is not below end_percent {part.end_percent:g}"
 
+    def is_any_use(self, frames: int) -> bool:
+        """Whether it can make a clip of so many latent frames cheaper or different."""
+        return True
+
     def describe(self) -> str:
         """The settings in a few words, for the log."""
         return ", ".join(f"{name} {getattr(self, name)}" for name in settings_of(self))

@@ -152,7 +152,7 @@ class Freezing(State):
 
     def wants(self, load: Load) -> int:
         store, self._load = self.store, load
-        if load.is_on_cpu:
+        if load.is_on_cpu or not self.technique.acting_steps(self.run.clock):
             return 0
         width = 1 if store.precision == FP8 else load.width
         wanted = load.numbers * width * self.technique.values_stored(load.stream)

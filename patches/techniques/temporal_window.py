@@ -43,9 +43,12 @@ class TemporalWindow(Technique):
         dense = f", {self.dense_blocks} dense blocks at each end" if self.dense_blocks else ""
         return f"±{self.window} latent frames, {self.sink_frames} sink{dense}"
 
+    def is_any_use(self, frames: int) -> bool:
+        return max(2 * self.window + 1, self.sink_frames) < frames
+
     def covers(self, tokens: VideoTokens) -> bool:
         """Whether every frame sees the whole clip."""
-        return max(2 * self.window + 1, self.sink_frames) >= tokens.frames - tokens.anchors
+        return not self.is_any_use(tokens.frames - tokens.anchors)
 
     def cost(self, work: Work) -> Work:
         if self.covers(work.tokens):

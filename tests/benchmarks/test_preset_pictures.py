@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-CLIPS, SEED = 6, 5
+CLIPS, SEED = 4, 5
 PRESETS = ("quality", "balanced", "fast", "cool laptop")
 # (model, steps, latent frames): distilled and short, long enough for the largest stride, enough steps for freezing.
 RUNS = [("student", 8, 7), ("student", 8, 10), ("teacher", 12, 7)]
@@ -115,8 +115,9 @@ def test_one_stage(bench, maker, preset, run):
     check(bench, maker, maker.single(preset, *run), maker.full[run])
 
 
-@pytest.mark.parametrize("first", ["first", None])
-@pytest.mark.parametrize("preset", PRESETS[:3])
+@pytest.mark.parametrize(
+    ("preset", "first"), [("quality", "first"), ("balanced", "first"), ("balanced", None), ("fast", "first")]
+)
 def test_two_stages(bench, maker, preset, first):
     """Also behind a first stage that knows of no preset."""
     if "two" not in maker.full:

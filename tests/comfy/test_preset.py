@@ -65,7 +65,7 @@ def test_it_is_the_other_nodes(node, table, pack, plan, family, preset):
         assert frames_of(latent) == frames_of(expected) < 13
         assert plan(ours)["keyframe stride"] == plan(theirs)["keyframe stride"]
     else:
-        assert latent["samples"] is given["samples"] and "frame_thrift_stride" not in given
+        assert latent["samples"] is given["samples"] and "frame_thrift_full" not in given
     for technique in recipe.techniques:
         theirs = pack("patches.mount").mount(theirs, technique)
         assert plan(ours)[technique.name] == technique
@@ -97,6 +97,10 @@ def test_auto_sees_the_stage(node, vae):
     pictured["samples"] = pictured["samples"].clone()
     pictured["samples"][:, :, 0] = 1.0
     assert "single stage" in node.execute(model, pictured, "balanced").args[3]
+    early = torch.tensor([0.987, 0.5, 0.0])
+    assert "single stage" in node.execute(model, empty(), "balanced", sigmas=early).args[3]
+    rising = torch.tensor([0.0, 0.5, 1.0])
+    assert "single stage" in node.execute(model, empty(), "balanced", sigmas=rising).args[3]
     assert "first stage" in node.execute(model, empty(), "balanced", "first", sigmas=DISTILLED).args[3]
 
 
@@ -124,9 +128,7 @@ def test_a_clip_without_vae_keeps_its_frames_and_the_text_says_so(node, plan):
     model, latent, frames, text = node.execute(build_model("ltxv"), given, "fast").args
     assert latent["samples"] is given["samples"] and frames is None and "keyframe stride" not in plan(model)
     assert "No keyframe stride: the latent holds a clip, and without vae it cannot be strided" in text
-    assert "another stride" in text and "measured on a small model" not in text.lower().replace(
-        "measured with", ""
-    )
+    assert "was not measured" in text and "measured on a small model" not in text.lower()
 
 
 @pytest.mark.parametrize(
@@ -191,3 +193,69 @@ def test_the_text_has_the_evidence_of_such_schedules(node):
     assert "24 steps" in many and "8 steps" not in many
     assert "24 steps" in both and "8 steps" in both
     assert "Keyframe stride 2: 7 latent frames." in few
+
+
+def test_the_text_of_a_second_stage_is_that_of_its_first(node, vae):
+    model = build_model("ltxv")
+    full = node.execute(model, clip(), "balanced", vae=vae).args[3]
+    assert "69%" in full and "51%" not in full and "a clip of 97 frames that was not strided before" in full
+    first = node.execute(model, empty(), "balanced", "first").args[1]
+    sampled = {**first, "samples": torch.randn_like(first["samples"])}
+    strided = node.execute(model, sampled, "balanced", vae=vae).args[3]
+    assert "51%" in strided and "69%" not in strided and "not strided before" not in strided
+    many = node.execute(model, sampled, "balanced", vae=vae, sigmas=MANY).args[3]
+    assert "was not measured" in many
+
+
+@pytest.mark.parametrize("has_vae", [False, True])
+def test_a_short_clip_is_not_promised_more_with_vae(node, vae, has_vae):
+    text = node.execute(build_model("ltxv"), clip(frames=4), "balanced", vae=vae if has_vae else None).args[3]
+    assert "as the clip is short" in text and "Connect vae" not in text
+
+
+def test_a_window_that_covers_the_clip_is_not_set(node, plan):
+    model, _, _, text = node.execute(build_model("ltxv"), empty(frames=9), "quality").args
+    assert "temporal window" not in plan(model) and "was not measured" in text
+    assert "temporal window" in plan(node.execute(build_model("ltxv"), empty(frames=10), "quality").args[0])
+
+
+def test_a_preset_behind_a_preset_replaces_all_of_it(node, plan, pack):
+    """Also its stride: a full-length stage on the same MODEL is not stretched."""
+    model = node.execute(build_model("ltxv"), empty(), "cool laptop").args[0]
+    assert {"keyframe stride", "spatial freeze", "GPU pacing"} <= plan(model).keys()
+    again = node.execute(model, empty(frames=5), "quality").args[0]
+    assert plan(again).keys() == {"spatial freeze"}
+    noise = noise_like("ltxv", (5, *GRID[1:]))
+    assert equal(sample(again, "ltxv", noise), sample(build_model("ltxv"), "ltxv", noise))
+    # What was set by hand and no preset sets stays.
+    precise = pack("nodes.attention_precision").ThriftAttentionPrecision.execute(model).args[0]
+    kept = plan(node.execute(precise, empty(), "fast").args[0])
+    assert kept.keys() == {"keyframe stride", "spatial freeze", *(plan(precise).keys() - plan(model).keys())}
+
+
+@pytest.mark.parametrize("preset", ["quality", "balanced"])
+def test_a_strided_latent_with_added_guides_is_refused(node, pack, preset):
+    """Its note is not true any more; as a full clip it would be sampled at the wrong times."""
+    first = node.execute(build_model("ltxv"), empty(), "balanced").args[1]
+    longer = {**first, "samples": torch.randn(1, 128, 8, *GRID[1:])}
+    with pytest.raises(ValueError, match="strided to 7 latent frames and has 8 now.*Crop or separate"):
+        node.execute(build_model("ltxv"), longer, preset)
+    with pytest.raises(ValueError, match="strided to 7 latent frames and has 8 now"):
+        pack("nodes.keyframe_stride").KeyframeStride.execute(build_model("ltxv"), longer, 1)
+
+
+def test_sound_that_was_not_strided_hides_no_note(node, interpolate, vae):
+    """Core's node that joins sound and video lets the sound's entries win."""
+    model = build_model("ltxav")
+    joined = node.execute(model, clip("ltxav"), "quality").args[1]
+    video = {**joined, "samples": joined["samples"].unbind()[0]}
+    sound = {**joined, "samples": joined["samples"].unbind()[1]}
+    thin = node.execute(model, video, "balanced", "second", vae=vae).args[1]
+    both = {**thin, **{name: value for name, value in sound.items() if name != "samples"}}
+    assert interpolate(both, "motion", vae=vae, encode=False).args[1].shape[0] == 97
+    # A mark tells nothing of another length, and what is set by hand counts.
+    longer = {**joined, "samples": torch.randn(1, 128, 25, *GRID[1:])}
+    with pytest.raises(ValueError, match="no note"):
+        interpolate(longer, "motion", vae=vae, encode=False)
+    assert interpolate(longer, "motion", vae=vae, encode=False, stride=1).args[1].shape[0] == 193
+    assert interpolate(video, "motion", vae=vae, encode=False, stride=2).args[1].shape[0] == 193
