@@ -13,9 +13,9 @@ from runtime import PACK  # isort: split
 
 import metrics
 import torch
-from PIL import Image, ImageDraw
 from rows import DENSE, window
 from sampling import sample_clips
+from sheet import contact_sheet
 
 from tiny_ltx.captions import caption_ids, caption_text
 from tiny_ltx.model import TEACHER_RECIPE, load_model
@@ -41,24 +41,13 @@ def main() -> None:
         name: sample_clips(PACK, model, TEACHER_RECIPE, row, ids, LATENT_FRAMES, seed=0)[0].cpu()
         for name, row in rows.items()
     }
-    height = len(CAPTIONS) * (16 + len(rows) * (CELL + 2))
-    sheet = Image.new("L", (LABEL + COLUMNS * (CELL + 2), height), 255)
-    pen = ImageDraw.Draw(sheet)
-    top = 0
+    blocks: dict[str, dict[str, torch.Tensor]] = {}
     for i, caption in enumerate(CAPTIONS):
-        pen.text((4, top + 2), caption_text(caption), fill=0)
-        top += 16
+        lines = blocks.setdefault(caption_text(caption), {})
         for name, pixels in clips.items():
-            clip = pixels[i]
-            pen.text((4, top + CELL // 2 - 12), name, fill=0)
-            pen.text((4, top + CELL // 2 + 2), f"drift {metrics.drift(clip[None]).item():.3f}", fill=0)
-            shown = torch.linspace(0, clip.shape[0] - 1, COLUMNS).round().long().tolist()
-            for column, frame in enumerate(shown):
-                tile = Image.fromarray((clip[frame] * 255).round().byte().numpy())
-                tile = tile.resize((CELL, CELL), Image.Resampling.NEAREST)
-                sheet.paste(tile, (LABEL + column * (CELL + 2), top))
-            top += CELL + 2
-    sheet.save(HERE / "drift_sheet.png", optimize=True)
+            shown = torch.linspace(0, pixels.shape[1] - 1, COLUMNS).round().long()
+            lines[f"{name}\ndrift {metrics.drift(pixels[i : i + 1]).item():.3f}"] = pixels[i, shown]
+    contact_sheet(blocks, CELL, LABEL).save(HERE / "drift_sheet.png", optimize=True)
 
 
 if __name__ == "__main__":

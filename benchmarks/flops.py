@@ -1,6 +1,6 @@
 """Counts what a temporal window saves at LTX-2 size. Needs no GPU and no weights.
 
-    python benchmarks/flops.py
+    python benchmarks/flops.py [--out FILE]
 
 Prices one forward of the real LTXAVModel by what the technique behind the node says it costs, and checks that by
 running it on the meta device, on a real ModelPatcher, under PyTorch's FLOP counter. Writes flops.json and flops.md
@@ -10,17 +10,13 @@ beside this file.
 from __future__ import annotations
 
 import importlib
-import json
-from pathlib import Path
 from typing import Any
-
-HERE = Path(__file__).resolve().parent
 
 from runtime import PACK  # isort: split
 
+import lab
 import ltx2
-import torch
-from comfyui_version import __version__ as comfyui_version
+import results
 from price import count, priced
 
 WINDOWS = [(window, sink) for window in (1, 2, 4) for sink in (0, 1)]
@@ -33,6 +29,7 @@ def count_whole(shallow: Any, deep: Any, clip: ltx2.Clip) -> tuple[float, float]
 
 
 def main() -> None:
+    options = results.asking(__doc__, "flops").parse_args()
     node = importlib.import_module(f"{PACK}.nodes").ApplyTemporalWindow
     plan_of = importlib.import_module(f"{PACK}.patches.mount").plan_of
     settings = {"start_percent": 0.0, "end_percent": 1.0, "dense_blocks": 0}
@@ -61,30 +58,26 @@ def main() -> None:
             }
         rows.append(row)
         print(f"{clip.name}: {total / 1e12:.1f} TFLOP", flush=True)
-    report = {"comfyui": comfyui_version, "torch": torch.__version__, "rows": rows}
-    (HERE / "flops.json").write_text(json.dumps(report, indent=1) + "\n")
-    (HERE / "flops.md").write_text(table(rows))
+    results.save({**lab.versions(), "rows": rows}, options.out)
+    results.write_tables(options.out, {"": table(rows)})
     print(table(rows))
     print(f"Priced and counted figures deviate by {max(deviations):.1e} at most.")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: FLOPs of a whole step, and of its attention in brackets, as a share of dense."""
-    names = [f"window {window} sink {sink}" for window, sink in WINDOWS]
-    lines = [
-        "| clip | T×tokens | dense TFLOP a step | attention | "
-        + " | ".join(f"±{window}, {sink} sink" for window, sink in WINDOWS)
-        + " |",
-        "|---" * (4 + len(names)) + "|",
-    ]
+    head = ["clip", "T×tokens", "dense TFLOP a step", "attention"]
+    head += [f"±{window}, {sink} sink" for window, sink in WINDOWS]
+    lines = []
     for row in rows:
         frames, height, width = row["grid"]
-        cells = [f"{row[name]['step']:.0%} ({row[name]['attention']:.0%})" for name in names]
-        lines.append(
-            f"| {row['clip']} | {frames}×{height * width} | {row['dense_tflop']:.0f} "
-            f"| {row['attention_share']:.0%} | " + " | ".join(cells) + " |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [row["clip"], f"{frames}×{height * width}", f"{row['dense_tflop']:.0f}"]
+        cells.append(f"{row['attention_share']:.0%}")
+        for window, sink in WINDOWS:
+            share = row[f"window {window} sink {sink}"]
+            cells.append(f"{share['step']:.0%} ({share['attention']:.0%})")
+        lines.append(cells)
+    return results.table(head, lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -13,30 +13,26 @@ allocated is compared with what was before it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import importlib
-import json
 import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
-
-HERE = Path(__file__).resolve().parent
 
 from runtime import PACK  # isort: split
 
 import comfy.model_management as mm
 import comfy.sample
 import comfy.samplers
+import lab
 import ltx2
+import results
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfyui_version import __version__ as comfyui_version
 from rows import ATTENTION, BLOCKS, WORK, scheduled_for
 from sampling import patch
 
@@ -45,6 +41,8 @@ from tiny_ltx.model import STUDENT_RECIPE
 LONG, SHORT = {"start_percent": 0.4, "refresh_every": 3}, {"start_percent": 0.2, "refresh_every": 2}
 WIDE, WHOLE = {"start_percent": 0.2, "refresh_every": 3}, {"start_percent": 0.0, "refresh_every": 2}
 SHARED = {"end_percent": 1.0, "blocks_kept": 0, "cache_limit_gb": 0.0, "cache_dtype": "default"}
+# What was run; an earlier row of the same setting gives way to a new one.
+SETTING = ("clip", "steps", "scope", "forecast", "cache_device", *SHARED, *LONG)
 
 
 def setting(scope: str, forecast: str, device: str, when: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -187,27 +185,16 @@ def interrupted(patched: Any, clip: ltx2.Clip, sigmas: tuple[float, ...], device
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "freeze.json")
-    parser.add_argument("--seconds", type=float, default=480, help="start no run later than that")
-    parser.add_argument("--device", default="cuda")
+    parser = results.asking(__doc__, "freeze", seconds=480, device="cuda")
     parser.add_argument("--blocks", type=int, default=ltx2.BLOCKS, help="fewer for a look on a CPU")
     options = parser.parse_args()
     begin = time.monotonic()
     model = ltx2.build_ltx2(options.device, blocks=options.blocks)
     journal_of = importlib.import_module(f"{PACK}.patches.mount").journal_of
-    on_gpu = options.device == "cuda"
-    ground = {
-        "gpu": torch.cuda.get_device_name() if on_gpu else "none (CPU)",
-        "torch": torch.__version__,
-        "comfyui": comfyui_version,
-        "bytes_a_second": bandwidth() if on_gpu else None,
-    }
+    ground = {**lab.machine(options.device)}
+    ground["bytes_a_second"] = bandwidth() if options.device == "cuda" else None
     report: dict[str, Any] = {"gib_around_an_interrupt": {}, "rows": []}
-    if options.out.is_file():
-        report |= json.loads(options.out.read_text())
+    report |= results.read(options.out, {})
     with torch.inference_mode():
         clip = ltx2.CLIPS[0]
         sigmas = scheduled_for(math.prod(clip.grid))
@@ -251,17 +238,15 @@ def main() -> None:
                     "cache_gib": technique["cache_gib"],
                     **ground,
                 }
-                others = [old for old in report["rows"] if setting_of(old) != setting_of(row)]
-                report["rows"] = sorted([*others, row], key=place_of)
+                report["rows"] = sorted(results.latest([*report["rows"], row], *SETTING), key=place_of)
                 print(row, flush=True)
-                options.out.write_text(json.dumps(report, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(table(report))
+                results.save(report, options.out)
+    results.write_tables(options.out, {"": table(report)})
     print(table(report))
 
 
 def setting_of(row: dict[str, Any]) -> dict[str, Any]:
-    """What was run; an earlier row of the same setting gives way to a new one."""
-    return {key: row[key] for key in ("clip", "steps", "scope", "forecast", "cache_device", *SHARED, *LONG)}
+    return {key: row[key] for key in SETTING}
 
 
 def place_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -292,10 +277,8 @@ def hidden(row: dict[str, Any], report: dict[str, Any]) -> float | None:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown, one row per setting."""
-    out = [
-        "| clip, steps | setting | frozen steps | time of dense | on | kept | peak above dense | transfers hidden, at least |",
-        "|---" * 8 + "|",
-    ]
+    head = ("clip, steps", "setting", "frozen steps", "time of dense", "on", "kept", "peak above dense")
+    lines = []
     for row in report["rows"]:
         kept = ", ".join(
             f"{size:.1f} GiB {'on the GPU' if place == 'gpu' else 'in host memory'}"
@@ -313,8 +296,8 @@ def table(report: dict[str, Any]) -> str:
             f"{row['peak_gib'] - row['dense_peak_gib']:+.2f} GiB",
             "–" if share is None else f"{max(share, 0):.0%}",
         ]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out) + "\n"
+        lines.append(cells)
+    return results.table([*head, "transfers hidden, at least"], lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ of the output file that were measured on the same kind of GPU, PyTorch and Comfy
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
-import json
 import math
 import statistics
 import time
@@ -25,18 +23,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-HERE = Path(__file__).resolve().parent
-
 from runtime import PACK  # isort: split
 
 import comfy.ldm.modules.attention as comfy_attention
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
+import lab
 import ltx2
+import results
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfyui_version import __version__ as comfyui_version
 from gpu_report import in_order, write_tables
 from gpu_settings import CARD_GIB, DENSE, FLOOR, GROUNDS, ORDER, SETTINGS, Ground, Setting
 from sampling import patch
@@ -167,31 +164,20 @@ def standing_on(ground: Ground, model: Any) -> Iterator[Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "gpu.json")
+    parser = results.asking(__doc__, "gpu", seconds=480, table=True)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--clips", type=int, default=len(ltx2.CLIPS), help="so many clips, most telling first"
     )
     parser.add_argument("--only", nargs="+", help="settings by name besides dense, such as '±1, 0 sink'")
     parser.add_argument("--grounds", nargs="+", help="backends and placements by name, such as cuDNN")
-    parser.add_argument(
-        "--seconds", type=float, default=480, help="leave out what would start later than that"
-    )
-    parser.add_argument(
-        "--table", action="store_true", help="only write the table of the rows that are there"
-    )
     options = parser.parse_args()
     if options.table:
-        write_tables(json.loads(options.out.read_text()), options.out)
+        write_tables(results.read(options.out), options.out)
         return
     begin = time.monotonic()
     report: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "comfyui": comfyui_version,
+        **lab.machine("cuda"),
         "attention": getattr(comfy_attention.optimized_attention, "__name__", "unknown"),
         "model": "LTXAVModel, 48 blocks, 32×128 heads, random bf16 weights",
         "card_gib": CARD_GIB,
@@ -239,17 +225,15 @@ def main() -> None:
                     kept[ground.name, clip.name, setting.name] = row
                     report["rows"] = in_order(kept)
                     print({key: value for key, value in row.items() if key != "grid"}, flush=True)
-                    options.out.write_text(json.dumps(report, indent=1) + "\n")
+                    results.save(report, options.out)
     write_tables(report, options.out)
 
 
 def kept_rows(path: Path, report: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, Any]]:
     """Rows of an earlier run by ground, clip and setting, if it ran on the same kind of machine."""
-    if not path.exists():
-        return {}
-    earlier = json.loads(path.read_text())
+    earlier = results.read(path, {})
     same = ("gpu", "torch", "comfyui", "attention", "model", "card_gib")
-    if any(earlier[key] != report[key] for key in same):
+    if any(earlier.get(key) != report[key] for key in same):
         return {}
     return {(row["ground"], row["clip"], row["setting"]): row for row in earlier["rows"]}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ltx2
+import results
 from gpu_settings import DEFAULT, FLOOR, GROUNDS, SETTINGS, STRIDES, WINDOWS
 
 
@@ -28,20 +29,20 @@ def tables(report: dict[str, Any]) -> dict[str, str]:
     grounds_of_window = [ground for ground in GROUNDS if DEFAULT in ground.settings]
 
     def by_setting(head: str, of_dense: Any, cell: Any) -> str:
-        out = ["| clip | T×tokens | " + " | ".join([head, *names]) + " |", "|---" * (3 + len(names)) + "|"]
+        lines = []
         for clip in ltx2.CLIPS:
             dense, *others = (rows.get((GROUNDS[0].name, clip.name, name)) for name in ("dense", *names))
             if dense is not None:
                 frames, height, width = clip.grid
                 cells = [clip.name, f"{frames}×{height * width}", of_dense(dense)]
-                out.append("| " + " | ".join([*cells, *(cell(row) if row else "" for row in others)]) + " |")
-        return "\n".join(out)
+                lines.append([*cells, *(cell(row) if row else "" for row in others)])
+        return results.table(["clip", "T×tokens", head, *names], lines)
 
     def by_ground() -> str:
         heads = [f"{ground.name}: dense, {DEFAULT}, peak" for ground in grounds_of_window]
-        out = ["| clip | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+        lines = []
         for clip in ltx2.CLIPS:
-            cells = []
+            cells = [clip.name]
             for ground in grounds_of_window:
                 row = rows.get((ground.name, clip.name, DEFAULT))
                 peak = row["peak_gib_above_weights"] + row["weights_on_gpu_gib"] if row else 0
@@ -50,12 +51,11 @@ def tables(report: dict[str, Any]) -> dict[str, str]:
                     if row
                     else ""
                 )
-            out.append(f"| {clip.name} | " + " | ".join(cells) + " |")
-        return "\n".join(out)
+            lines.append(cells)
+        return results.table(["clip", *heads], lines)
 
     def by_stride() -> str:
-        heads = ["clip", "dense step", FLOOR.name, "stride 2", "stride 4"]
-        out = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        lines = []
         for clip in ltx2.CLIPS:
             floor, *others = (rows.get(("flash, strides", clip.name, s.name)) for s in (FLOOR, *STRIDES[:2]))
             if floor is None:
@@ -66,8 +66,8 @@ def tables(report: dict[str, Any]) -> dict[str, str]:
                 expected = least + (dense - least) * row["token_share"]
                 over = row["step_ms"] / expected
                 cells.append(f"{row['step_of_dense']:.0%} ({row['token_share']:.0%}, {over:.2f})")
-            out.append("| " + " | ".join(cells) + " |")
-        return "\n".join(out)
+            lines.append(cells)
+        return results.table(["clip", "dense step", FLOOR.name, "stride 2", "stride 4"], lines)
 
     strides = (
         "Time of a step with KeyframeStride as a share of dense; in brackets the share of video tokens, and the "
@@ -106,6 +106,5 @@ def tables(report: dict[str, Any]) -> dict[str, str]:
 
 
 def write_tables(report: dict[str, Any], path: Path) -> None:
-    for ending, text in tables(report).items():
-        path.with_name(f"{path.stem}{ending}.md").write_text(text)
+    results.write_tables(path, tables(report))
     print(tables(report)[""])

@@ -16,7 +16,6 @@ import argparse
 import importlib
 import io
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,11 +25,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-HERE = Path(__file__).resolve().parent
-
 from runtime import PACK  # isort: split
 
 import av
+import results
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -408,21 +406,22 @@ def tables(report: dict[str, Any]) -> str:
             f"{kind} film, clean reference; PSNR (SSIM), flicker in grey levels, detail and its pulse as shares of the film's",
             "",
         ]
-        out += ["| gap | in between | PSNR | flicker | detail | pulse | seconds |", "|---" * 7 + "|"]
+        lines = []
         for gap in GAPS:
             for method in (*BLINDLY, ENLARGED, GUIDED):
                 some = [row for row in mine if (row["gap"], row["method"]) == (gap, method)]
                 if some:
-                    psnrs = f"{mean(some, 'psnr'):.1f} ({mean(some, 'ssim'):.3f})"
-                    cells = f"{mean(some, 'flicker'):.1f} | {mean(some, 'detail'):.2f} | {mean(some, 'pulse'):.3f}"
-                    out.append(f"| {gap} | {method} | {psnrs} | {cells} | {mean(some, 'seconds'):.2f} |")
-        out.append("")
+                    cells = [str(gap), method, f"{mean(some, 'psnr'):.1f} ({mean(some, 'ssim'):.3f})"]
+                    cells += [f"{mean(some, 'flicker'):.1f}", f"{mean(some, 'detail'):.2f}"]
+                    cells += [f"{mean(some, 'pulse'):.3f}", f"{mean(some, 'seconds'):.2f}"]
+                    lines.append(cells)
+        head = ["gap", "in between", "PSNR", "flicker", "detail", "pulse", "seconds"]
+        out += [results.table(head, lines), ""]
     damages = [damage for damage in DAMAGES if any(row["reference"] == damage for row in rows)]
     for gap in GAPS:
         if not any(row["gap"] == gap for row in rows):
             continue
-        out += [f"gap {gap}: PSNR over blind motion in dB (detail)", ""]
-        out += ["| segment | " + " | ".join(damages) + " |", "|---" * (1 + len(damages)) + "|"]
+        lines = []
         for name, segment in SEGMENTS.items():
             cells = []
             for damage in damages:
@@ -430,19 +429,12 @@ def tables(report: dict[str, Any]) -> str:
                 more = gain(report, ours) if ours else None
                 cells.append(f"{more:+.1f} ({ours['detail']:.2f})" if ours and more is not None else "")
             if any(cells):
-                out.append(f"| {name} | " + " | ".join(cells) + " |")
-        out.append("")
+                lines.append([name, *cells])
+        out += [f"gap {gap}: PSNR over blind motion in dB (detail)", ""]
+        out += [results.table(["segment", *damages], lines), ""]
     ours = [row for row in rows if row["method"] == GUIDED]
     if any("lag" in row for row in ours):
-        out += [
-            "what tells of a reference that shows something else: the share of a keyframe's contrast that it leaves, and how many "
-            "times less of them its pictures would leave at other times; least to most of all windows and gaps",
-            "",
-        ]
-        out += [
-            "| reference | contrast left | times less | windows made blindly | the worst over blind |",
-            "|---" * 5 + "|",
-        ]
+        lines = []
         for damage in damages:
             some = [row for row in ours if row["reference"] == damage and "lag" in row]
             if some:
@@ -452,24 +444,35 @@ def tables(report: dict[str, Any]) -> str:
                 ]
                 worst = min(gain(report, row) or 0.0 for row in some)
                 blindly = sum(not row["followed"] for row in some)
-                out.append(f"| {damage} | {' | '.join(spans)} | {blindly} of {len(some)} | {worst:+.1f} |")
-        out.append("")
+                lines.append([damage, *spans, f"{blindly} of {len(some)}", f"{worst:+.1f}"])
+        head = ["reference", "contrast left", "times less", "windows made blindly", "the worst over blind"]
+        out += [
+            "what tells of a reference that shows something else: the share of a keyframe's contrast that it leaves, and how many "
+            "times less of them its pictures would leave at other times; least to most of all windows and gaps",
+            "",
+            results.table(head, lines),
+            "",
+        ]
     if report.get("speed"):
-        out += ["seconds a missing frame", ""]
-        out += ["| gap | in between | size | GPU | multiprocessors | seconds | peak GiB |", "|---" * 7 + "|"]
-        for row in report["speed"]:
-            out.append(
-                f"| {row['gap']} | {row['method']} | {row['width']}×{row['height']} | {row['device']} | "
-                f"{row['multiprocessors'] or 'all'} | {row['seconds']:.3f} | {row.get('peak_gib', 0):.1f} |"
-            )
+        lines = [
+            [
+                str(row["gap"]),
+                row["method"],
+                f"{row['width']}×{row['height']}",
+                row["device"],
+                str(row["multiprocessors"] or "all"),
+                f"{row['seconds']:.3f}",
+                f"{row.get('peak_gib', 0):.1f}",
+            ]
+            for row in report["speed"]
+        ]
+        head = ["gap", "in between", "size", "GPU", "multiprocessors", "seconds", "peak GiB"]
+        out += ["seconds a missing frame", "", results.table(head, lines)]
     return "\n".join(out).rstrip() + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "inbetween.json")
+    parser = results.asking(__doc__, "inbetween", seconds=float("inf"), table=True)
     parser.add_argument("--part", choices=("film", "sheet", "speed"), default="film")
     parser.add_argument("--gaps", type=int, nargs="+", default=list(GAPS))
     parser.add_argument("--references", nargs="+", choices=list(DAMAGES), default=list(DAMAGES))
@@ -479,21 +482,17 @@ def main() -> None:
     parser.add_argument(
         "--frames", type=int, default=FRAMES, help="in a window; one more than a multiple of the gaps"
     )
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after that")
     parser.add_argument("--anew", action="store_true", help="measure rows that are there already, too")
-    parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--device", type=torch.device, help="cuda for the part speed, else cpu")
     parser.add_argument("--size", type=int, nargs=2, default=(1280, 704), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--multiprocessors", type=int, default=8, help="that work, 0: all")
     options = parser.parse_args()
     options.device = options.device or torch.device("cuda" if options.part == "speed" else "cpu")
-    report: dict[str, Any] = {}
-    if options.out.exists():
-        report = json.loads(options.out.read_text(encoding="utf-8"))
+    report = results.read(options.out, {})
 
     def save() -> None:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        options.out.with_suffix(".md").write_text(tables(report), encoding="utf-8")
+        results.save(report, options.out)
+        results.write_tables(options.out, {"": tables(report)})
 
     began = time.monotonic()
     if not options.table:

@@ -13,23 +13,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-HERE = Path(__file__).resolve().parent
 
 from runtime import PACK  # isort: split
 
 import comfy.ldm.modules.attention as comfy_attention
 import comfy.ops
+import lab
 import ltx2
+import results
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfyui_version import __version__ as comfyui_version
 from sampling import patch
 from throttle import throttled
 from torch.nn.attention import SDPBackend
@@ -65,31 +62,7 @@ def kernel(name: str) -> Any:
 def milliseconds(work: Callable[[], Any], device: str, repeats: int) -> float:
     """Median over `repeats`, after one call that does not count."""
     work()
-    times = []
-    for _ in range(repeats):
-        if device == "cpu":
-            begin = time.perf_counter()
-            work()
-            times.append(1000 * (time.perf_counter() - begin))
-            continue
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        work()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
-
-
-def peak_gib(work: Callable[[], Any], device: str) -> float | None:
-    """What a call allocates at most beside what is there; unknown on a CPU."""
-    if device == "cpu":
-        work()
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
+    return statistics.median(lab.milliseconds(work, device) for _ in range(repeats))
 
 
 def calls(grid: tuple[int, int, int], device: str) -> dict[str, tuple[float, Callable[[], Any]]]:
@@ -151,7 +124,7 @@ def step_milliseconds(model: Any, clip: ltx2.Clip, device: str, repeats: int) ->
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "benchmark", timed)
-    peak = peak_gib(lambda: ltx2.sample(model, clip, repeats + 1, device), device)
+    peak = lab.peak_gib(lambda: ltx2.sample(model, clip, repeats + 1, device), device)
     return statistics.median(times[1:]), peak
 
 
@@ -165,9 +138,7 @@ def like_core(model: Any) -> Any:
         split = [x.unflatten(-1, (heads, -1)) for x in (q, k, v)]
         return sol_attn(*split, tau=1.3, token_aug=256).flatten(2)
 
-    clone = model.clone()
-    clone.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = override
-    return clone
+    return lab.attending(model, override)
 
 
 def routed_nodes(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -209,8 +180,7 @@ def table(report: dict[str, Any]) -> str:
             own = [row for row in rows if row["multiprocessors"] == sms]
             grids = list(dict.fromkeys(row["grid"] for row in own))
             where = f"{sms} multiprocessors" if sms else "the whole card"
-            out += [f"{title.capitalize()}, {where}", "", "| setting | " + " | ".join(grids) + " |"]
-            out.append("|---" * (1 + len(grids)) + "|")
+            lines = []
             for setting in dict.fromkeys(row["setting"] for row in own):
                 cells = []
                 for grid in grids:
@@ -223,28 +193,22 @@ def table(report: dict[str, Any]) -> str:
                         cells.append(f"{row['of_dense']:.0%} ({row['over_key_share']:.2f} × its keys)")
                     else:
                         cells.append(f"{row['of_dense']:.0%}")
-                out.append(f"| {setting} | " + " | ".join(cells) + " |")
-            out.append("")
+                lines.append([setting, *cells])
+            out += [f"{title.capitalize()}, {where}", "", results.table(["setting", *grids], lines), ""]
     return "\n".join(out)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "low_rank.json")
-    parser.add_argument("--seconds", type=float, default=300, help="start nothing later than that")
+    parser = results.asking(__doc__, "low_rank", seconds=300, device="cuda", table=True)
     parser.add_argument("--parts", nargs="+", default=["attention", "steps"])
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--table", action="store_true", help="only the table of what is there")
     options = parser.parse_args()
-    report: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    report = results.read(options.out, {})
     if not options.table:
         measure(options, report)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(table(report))
+        results.save(report, options.out)
+    results.write_tables(options.out, {"": table(report)})
     print(table(report))
 
 
@@ -258,9 +222,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     grids = ((8, 2, 4), (9, 4, 4)) if options.small else GRIDS
     throttles = THROTTLES if device == "cuda" else (None,)
     report |= {
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else "none (CPU)",
-        "torch": torch.__version__,
-        "comfyui": comfyui_version,
+        **lab.machine(device),
         "merged_against_masked": difference(device, grids[0]),
         "left_out": [],
     }
@@ -268,9 +230,8 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     report.setdefault("steps", [])
 
     def save(part: str, row: dict[str, Any]) -> None:
-        key = ("multiprocessors", "grid", "setting")
-        report[part] = [old for old in report[part] if any(old[name] != row[name] for name in key)] + [row]
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        report[part] = results.latest([*report[part], row], "multiprocessors", "grid", "setting")
+        results.save(report, options.out)
         print(part, row, flush=True)
 
     def is_late(*what: Any) -> bool:
@@ -295,7 +256,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
                             "setting": setting,
                         }
                         row |= {"ms": ms, "of_dense": ms / dense, "key_share": share}
-                        row |= {"over_key_share": ms / dense / share, "peak_gib": peak_gib(work, device)}
+                        row |= {"over_key_share": ms / dense / share, "peak_gib": lab.peak_gib(work, device)}
                         save("attention", row)
     if "steps" not in options.parts:
         return

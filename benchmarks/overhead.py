@@ -16,10 +16,8 @@ wrap. It holds what they wait for the GPU, and not what they put over modules.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import itertools
-import json
 import logging
 import random
 import statistics
@@ -33,10 +31,11 @@ HERE = Path(__file__).resolve().parent
 
 import runtime  # isort: split
 
+import lab
 import ltx2
+import results
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfyui_version import __version__ as comfyui_version
 from sampling import patch
 
 import comfyui_tree
@@ -174,17 +173,12 @@ def hooks_ms(setting: Setting, model: Any, clip: ltx2.Clip, steps: int, device: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "overhead.json")
+    parser = results.asking(__doc__, "overhead", seconds=480, device="cuda")
     parser.add_argument("--pack", type=Path, nargs="+", default=[HERE.parent], help="checkouts of the pack")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--frames", type=int, default=1, help="video frames of the clip")
     parser.add_argument("--size", type=int, nargs=2, default=(896, 512), metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--seconds", type=float, default=480, help="start no round that would end later")
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--blocks", type=int, default=ltx2.BLOCKS, help="fewer for a look on a CPU")
     options = parser.parse_args()
     begin = time.monotonic()
@@ -200,9 +194,7 @@ def main() -> None:
             module = comfyui_tree.load_pack(f"custom_nodes pack {number}", path).__name__
         settings += settings_of(path.name, module, clip)
     report: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else "none (CPU)",
-        "torch": torch.__version__,
-        "comfyui": comfyui_version,
+        **lab.machine(device),
         "blocks": options.blocks,
         "clip": clip.name,
         "steps": steps,
@@ -221,7 +213,7 @@ def main() -> None:
                 row["pairs"] += pairs_of(model, clip, steps, device)
                 row |= summed_up(row["pairs"])
             report["rows"], report["rounds"] = rows, number + 1
-            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            results.save(report, options.out)
             if 2 * time.monotonic() - round_begin > begin + options.seconds:
                 break
     print(table(report))
@@ -242,10 +234,7 @@ def quartiles(pairs: list[tuple[float, float]]) -> tuple[float, ...]:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown, one row per pack and setting."""
-    out = [
-        "| pack | setting | pairs | stock step | step of stock | interval | own wrappers |",
-        "|---" * 7 + "|",
-    ]
+    lines = []
     for row in report["rows"]:
         cells = [row["pack"], row["setting"], str(len(row["pairs"])), f"{row['stock_ms']:.1f} ms"]
         cells += [
@@ -253,8 +242,9 @@ def table(report: dict[str, Any]) -> str:
             f"{row['low']:.2%} to {row['high']:.2%}",
             f"{row['hooks_ms']:.2f} ms",
         ]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out) + "\n"
+        lines.append(cells)
+    head = ["pack", "setting", "pairs", "stock step", "step of stock", "interval", "own wrappers"]
+    return results.table(head, lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
 import statistics
 import subprocess
@@ -30,14 +29,13 @@ from typing import Any
 
 from runtime import PACK  # isort: split
 
+import lab
 import ltx2
+import results
 import torch
-from comfyui_version import __version__ as comfyui_version
 from overhead import OUTSIDE, pairs_of, settings_of, summed_up
 from throttle import throttled
 
-HERE = Path(__file__).resolve().parent
-OUT = HERE / "pacing.json"
 DUTIES = (1.0, 0.7, 0.4)
 FAKED, IDLE, STOCK = "faked sensor, 75 °C to 70 °C", "nothing to do", "stock"
 DUTY, OVERHEAD = "duty", "overhead"
@@ -215,10 +213,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     device = options.device
     clip = ltx2.Clip(options.frames, *options.size)
     report: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else "none (CPU)",
+        **lab.machine(device),
         "multiprocessors": options.multiprocessors if device == "cuda" else 0,
-        "torch": torch.__version__,
-        "comfyui": comfyui_version,
         "blocks": options.blocks,
         "clip": clip.name,
         "rows": [],
@@ -228,7 +224,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     report["sensors"] = {sensor.name: sensor.read() for sensor in sensors}
 
     def save() -> None:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        results.save(report, options.out)
 
     smi = Smi(device)
     try:
@@ -272,17 +268,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown: what was asked and measured; and the cost of pacing with nothing to do."""
-    out = [
-        "| | measured duty | power | temperature | utilisation by nvidia-smi | paused |",
-        "|---" * 6 + "|",
-    ]
+    lines = []
     for row in report["rows"]:
         cells = [row["row"], f"{row['duty']:.1%}"]
         for name, unit in (("power_w", "W"), ("temperature_c", "°C"), ("utilisation", "%")):
             cells.append(f"{row[name]:.0f} {unit}" if name in row else "–")
         paused = sum(row.get("pacing", {}).get("paused", {}).values())
         cells.append(f"{paused:.1f} of {row['seconds']:.1f} s")
-        out.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
+    head = ["", "measured duty", "power", "temperature", "utilisation by nvidia-smi", "paused"]
+    out = [results.table(head, lines)]
     for row in report.get("overhead", []):
         out += [
             "",
@@ -325,22 +320,16 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--table", action="store_true", help="only write table and picture")
-    parser.add_argument("--seconds", type=float, default=90, help="start no row that would end later")
+    parser = results.asking(__doc__, "pacing", seconds=90, device="cuda", table=True)
     parser.add_argument("--parts", nargs="+", choices=(DUTY, OVERHEAD), default=[DUTY, OVERHEAD])
     parser.add_argument("--span", type=float, default=10, help="seconds a row")
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--frames", type=int, default=97)
     parser.add_argument("--size", type=int, nargs=2, default=(896, 512), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--multiprocessors", type=int, default=8, help="0: all")
-    parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    report = json.loads(options.out.read_text(encoding="utf-8")) if options.table else measure(options)
-    options.out.with_suffix(".md").write_text(table(report), encoding="utf-8")
+    report = results.read(options.out) if options.table else measure(options)
+    results.write_tables(options.out, {"": table(report)})
     if options.table:
         draw(report, options.out.with_suffix(".png"))
     print(table(report))

@@ -10,22 +10,18 @@ cannot do, for blocks are handed cosines and sines without the positions.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-HERE = Path(__file__).resolve().parent
-
 from runtime import PACK  # isort: split
 
+import lab
+import results
 import torch
 from comfy.ldm.lightricks.model import apply_rotary_emb
-from comfyui_version import __version__ as comfyui_version
 from routing import CLIPS, STEPS, captured
 from rows import DENSE
 from sampling import GRID, sample_clips
@@ -121,31 +117,27 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, seen: 
 def table(report: dict[str, Any]) -> str:
     """Markdown: relative error, and the share of keys in brackets."""
     variants = (AS_IT_IS, GROWING, UNROTATED)
-    out = ["| latent frames | setting | " + " | ".join(variants) + " |", "|---" * (2 + len(variants)) + "|"]
+    lines = []
     cells = {(row["frames"], row["setting"], row["variant"]): row for row in report["rows"]}
     for frames, setting in dict.fromkeys((row["frames"], row["setting"]) for row in report["rows"]):
         shown = [cells[frames, setting, variant] for variant in variants]
-        figures = " | ".join(f"{row['error']:.1%} ({row['keys']:.0%})" for row in shown)
-        out.append(f"| {frames} | {setting} | {figures} |")
-    return "\n".join(out) + "\n"
+        figures = [f"{row['error']:.1%} ({row['keys']:.0%})" for row in shown]
+        lines.append([str(frames), setting, *figures])
+    return results.table(["latent frames", "setting", *variants], lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "pooling_error.json")
+    parser = results.asking(__doc__, "pooling_error", table=True)
     parser.add_argument("--frames", type=int, nargs="+", default=[13, 25])
-    parser.add_argument("--table", action="store_true", help="measure nothing")
     options = parser.parse_args()
     if options.table:
-        report = json.loads(options.out.read_text(encoding="utf-8"))
+        report = results.read(options.out)
     else:
-        report = {"torch": torch.__version__, "comfyui": comfyui_version, "clips": CLIPS, "steps": STEPS}
+        report = {**lab.versions(), "clips": CLIPS, "steps": STEPS}
         with torch.inference_mode():
             report["rows"] = [row for frames in options.frames for row in measure(frames)]
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    options.out.with_suffix(".md").write_text(table(report), encoding="utf-8")
+        results.save(report, options.out)
+    results.write_tables(options.out, {"": table(report)})
     print(table(report))
 
 

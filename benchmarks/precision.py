@@ -18,23 +18,21 @@ what lies above inputs and weights.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import runtime  # isort: split
 
 import comfy.ldm.modules.attention as attention
+import lab
 import ltx2
+import results
 import torch
-from comfyui_version import __version__ as comfyui_version
 from overhead import Ticks
 from sampling import draw_noise, patch, sample_stage
 from throttle import throttled
@@ -42,8 +40,6 @@ from throttle import throttled
 from tiny_ltx.captions import CAPTION_TOKENS
 from tiny_ltx.model import TEACHER_RECIPE, load_model
 
-HERE = Path(__file__).resolve().parent
-SLOT = "optimized_attention_override"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OWN = "own"
 ROLES = ("self", "text")
@@ -71,8 +67,7 @@ class Captured:
         noise = draw_noise(clips, frames, 0)
         ids = torch.zeros(clips, CAPTION_TOKENS, dtype=torch.int64)
         ids[:, 0] = torch.arange(clips) % 4
-        model = load_model().clone()
-        model.model_options.setdefault("transformer_options", {})[SLOT] = self.keep
+        model = lab.attending(load_model(), self.keep)
         start = torch.zeros_like(noise)
         sample_stage(runtime.PACK, model, TEACHER_RECIPE, (), ids, sigmas, noise, start, 0)
 
@@ -145,9 +140,7 @@ class Gpu:
         self.end, self.save = time.monotonic() + seconds, save
         self.is_cuda = device == "cuda"
         self.report: dict[str, Any] = {
-            "gpu": torch.cuda.get_device_name() if self.is_cuda else "none (CPU)",
-            "torch": torch.__version__,
-            "comfyui": comfyui_version,
+            **lab.machine(device),
             "blocks": blocks,
             "text_tokens": ltx2.TEXT_TOKENS,
             "attention": [],
@@ -320,7 +313,7 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def error_table(report: dict[str, Any]) -> str:
-    out = ["| attention | values | fp16 | bf16 | fp32 |", "|---" * 5 + "|"]
+    lines = []
     names = {"self": "video to itself", "text": "video to text"}
     for role in ROLES:
         for size in SIZES:
@@ -331,26 +324,22 @@ def error_table(report: dict[str, Any]) -> str:
             }
             shown = "as they are" if size == 1 else f"× {size:.0e}".replace("e+0", "e")
             cells = [f"{found[name]['median']:.1e} ({found[name]['worst']:.1e})" for name in DTYPES]
-            out.append(f"| {names[role]} | {shown} | " + " | ".join(cells) + " |")
-    return "\n".join(out)
+            lines.append([names[role], shown, *cells])
+    return results.table(["attention", "values", *DTYPES], lines)
 
 
 def gpu_table(report: dict[str, Any], kind: str) -> str:
     """Times and peak memory in brackets, a column a setting."""
     first = ["model", "attention"] if kind == "attention" else ["model"]
     title = "attention alone" if kind == "attention" else f"a step of {report['blocks']} blocks"
-    out = [
-        f"| {title}: T×tokens | on | {' | '.join(first)} | {OWN} | {' | '.join(DTYPES)} |",
-        "|---" * (6 + len(first)) + "|",
-    ]
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in report[kind]:
         place = f"{row['multiprocessors']} multiprocessors" if row["multiprocessors"] else "the whole card"
         line = lines.setdefault((row["grid"], place, *(row[name] for name in first)), {})
         line[row["setting"]] = f"{row['ms']:.3g} ms ({row['peak_gib']:.2f} GiB)"
-    for key, cells in lines.items():
-        out.append("| " + " | ".join([*key, *(cells.get(name, "–") for name in (OWN, *DTYPES))]) + " |")
-    return "\n".join(out)
+    settings = (OWN, *DTYPES)
+    rows = [[*key, *(cells.get(name, "–") for name in settings)] for key, cells in lines.items()]
+    return results.table([f"{title}: T×tokens", "on", *first, *settings], rows)
 
 
 def clip_of(text: str) -> ltx2.Clip:
@@ -358,30 +347,21 @@ def clip_of(text: str) -> ltx2.Clip:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "precision.json")
+    # Time and device are those of the part gpu.
+    parser = results.asking(__doc__, "precision", seconds=85, device="cuda", table=True)
     parser.add_argument("--part", choices=("error", "gpu"), nargs="+", default=["error", "gpu"])
-    parser.add_argument(
-        "--seconds", type=float, default=85, help="of the part gpu: start nothing that would end later"
-    )
-    parser.add_argument("--device", default="cuda", help="of the part gpu")
     parser.add_argument(
         "--clips", type=clip_of, nargs="+", help="FRAMESxWIDTHxHEIGHT; without: 16×880 and 31×880"
     )
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--samples", type=int, default=2, help="clips of the tiny teacher")
-    parser.add_argument("--table", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    report: dict[str, Any] = {}
-    if options.out.is_file():
-        report |= json.loads(options.out.read_text(encoding="utf-8"))
+    report = results.read(options.out, {})
 
     def save(part: str, found: dict[str, Any]) -> None:
         report[part] = found
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        options.out.with_suffix(".md").write_text(tables(report), encoding="utf-8")
+        results.save(report, options.out)
+        results.write_tables(options.out, {"": tables(report)})
 
     if not options.table and "error" in options.part:
         save("error", errors(options.samples, 13))
@@ -391,7 +371,7 @@ def main() -> None:
         ]
         gpu = Gpu(options.device, clips, options.blocks, options.seconds, lambda found: save("gpu", found))
         save("gpu", gpu.measure())
-    options.out.with_suffix(".md").write_text(tables(report), encoding="utf-8")
+    results.write_tables(options.out, {"": tables(report)})
     print(tables(report))
     print("left out:", "; ".join(report.get("gpu", {}).get("left_out", [])) or "nothing")
 

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import statistics
 import time
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-
 from runtime import PACK  # isort: split
 
 import comfy.model_management as mm
+import lab
 import ltx2
 import metrics
+import results
 import torch
-from comfyui_version import __version__ as comfyui_version
 from price import PriceList
 from report import freeze_tables, low_rank_tables, precision_tables, short_tables, stride_tables, tables
 from rows import DENSE, PESSIMIST, ROWS, STUDENT, TEACHER, Row
@@ -50,6 +48,8 @@ from tiny_ltx.probe import frechet_distance, load_probe, read_clips
 MODELS = {TEACHER: TEACHER_RECIPE, STUDENT: STUDENT_RECIPE, PESSIMIST: TEACHER_RECIPE}
 LENGTHS = (13, 25)
 SEEDS = (0, 1, 2)
+# What tells rows apart.
+PLACE = ("model", "row", "frames")
 # The sizes at which a row's FLOPs are counted.
 PRICED = (ltx2.CLIPS[0], ltx2.CLIPS[1], ltx2.CLIPS[3])
 REAL_DRAWS = 4
@@ -227,20 +227,13 @@ def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
                 entry |= judge.measure(clips, None if row == DENSE else dense[frames], frames)
                 entry |= {
                     "runs": runs,
-                    "gpu": gpu_name(),
-                    "torch": torch.__version__,
-                    "comfyui": comfyui_version,
+                    **lab.machine(),
                 }
-                report["rows"] = [
-                    old
-                    for old in report["rows"]
-                    if (old["model"], old["row"], old["frames"]) != (name, row.name, frames)
-                ]
-                report["rows"].append(entry)
+                report["rows"] = results.latest([*report["rows"], entry], *PLACE)
                 if frames not in real:
                     real[frames] = judge.real_figures(frames)
                 report["real"][str(frames)] = real[frames]
-                save(report, options.out)
+                results.save(report, options.out)
                 shown = {k: round(v, 4) for k, v in entry["figures"].items()}
                 print(f"{name} {frames} {row.name}: {shown} {time.monotonic() - started:.1f} s", flush=True)
 
@@ -253,32 +246,23 @@ def sample(
     return [pixels for pixels, _ in out], [run for _, run in out]
 
 
-def gpu_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)"
-
-
 def write_report(report: dict[str, Any], out: Path) -> None:
     """Tables and picture beside the JSON."""
-    for ending, table in (
-        ("", tables),
-        ("_short", short_tables),
-        ("_strides", stride_tables),
-        ("_freeze", freeze_tables),
-        ("_low_rank", low_rank_tables),
-        ("_precision", precision_tables),
-    ):
-        out.with_name(f"{out.stem}{ending}.md").write_text(table(report))
+    parts = {
+        "": tables,
+        "_short": short_tables,
+        "_strides": stride_tables,
+        "_freeze": freeze_tables,
+        "_low_rank": low_rank_tables,
+        "_precision": precision_tables,
+    }
+    results.write_tables(out, {ending: table(report) for ending, table in parts.items()})
     try:
         from chart import draw_chart
     except ImportError as error:
         print(f"no picture: {error}")
         return
     draw_chart(report, out.with_suffix(".png"))
-
-
-def save(report: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def price_rows(report: dict[str, Any]) -> None:
@@ -337,28 +321,22 @@ def missing(report: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "quality.json")
+    parser = results.asking(__doc__, "quality", seconds=1e9, table=True)
     parser.add_argument("--clips", type=int, default=384, help="sampled clips a row, over all seeds")
     parser.add_argument("--frames", type=int, nargs="+", choices=LENGTHS, default=LENGTHS)
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS))
     parser.add_argument("--only", nargs="+", help="rows by name")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no row later than that")
-    parser.add_argument("--table", action="store_true", help="sample nothing")
     parser.add_argument("--no-table", action="store_true", help="only sample")
     options = parser.parse_args()
     report: dict[str, Any] = {"real": {}, "flops_of_a_forward": {}, "left_out": [], "rows": []}
-    if options.out.is_file():
-        report |= json.loads(options.out.read_text())
+    report |= results.read(options.out, {})
     if not options.table:
         run_rows(options, report)
     if not options.no_table:
         price_rows(report)
         report["left_out"] = missing(report)
         write_report(report, options.out)
-    save(report, options.out)
+    results.save(report, options.out)
 
 
 if __name__ == "__main__":

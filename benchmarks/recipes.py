@@ -30,10 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-HERE = Path(__file__).resolve().parent
 
 from runtime import PACK  # isort: split
 
@@ -44,12 +41,13 @@ import comfy.ops
 import comfy.sample
 import comfy.samplers
 import comfy.sd
+import lab
 import ltx2
+import results
 import torch
 from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
 from comfy_extras.nodes_lt import LTXVConcatAVLatent, LTXVSeparateAVLatent
 from comfy_extras.nodes_lt_upsampler import LTXVLatentUpsampler
-from comfyui_version import __version__ as comfyui_version
 from freeze import BLOCKS, SHORT, setting
 from freeze import WHOLE as EVERY_OTHER
 from low_rank import ROUTED, check_it_acts, routed_nodes
@@ -495,11 +493,7 @@ def measure(job: Job, recipes: Recipes) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "recipes.json")
-    parser.add_argument("--merge", type=Path, nargs="+", help="only make one report of these")
+    parser = results.asking(__doc__, "recipes", seconds=300, device="cuda", merge=True)
     parser.add_argument("--parts", nargs="+", default=["two"], choices=["two", "single", "guided"])
     parser.add_argument(
         "--clips", type=int, nargs="+", help="by their frames: 121 241 129, single stage 97 121"
@@ -509,24 +503,19 @@ def main() -> None:
     parser.add_argument(
         "--first-steps", type=int, help="so many steps of the first sampler run, timed for all"
     )
-    parser.add_argument("--seconds", type=float, default=300, help="start no row later than that")
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--blocks", type=int, default=ltx2.BLOCKS)
     parser.add_argument("--small", action="store_true", help="tiny sizes and one block, to see that it runs")
     options = parser.parse_args()
     if options.merge:
-        report = merged([json.loads(path.read_text(encoding="utf-8")) for path in options.merge])
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        report = merged(list(map(results.read, options.merge)))
+        results.save(report, options.out)
         print(write_tables(report, options.out))
         return
     begun = time.monotonic()
-    is_cuda = options.device == "cuda"
     process: dict[str, Any] = {"ground": options.ground, "first_steps": options.first_steps}
     process["comfy_kitchen"] = importlib.metadata.version("comfy-kitchen")
     report = {
-        "gpu": torch.cuda.get_device_name() if is_cuda else "none (CPU)",
-        "torch": torch.__version__,
-        "comfyui": comfyui_version,
+        **lab.machine(options.device),
         "device": options.device,
         "sigmas": SIGMAS,
         "second_sigmas": SECOND_SIGMAS,
@@ -565,9 +554,9 @@ def main() -> None:
             if row is not None:
                 report[job.part].append(row)
                 print(row, flush=True)
-            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            results.save(report, options.out)
         report = merged([report])
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        results.save(report, options.out)
         print(write_tables(report, options.out), flush=True)
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import results
+
 # What must be the same in reports that stand in one table.
 SAME = ("gpu", "torch", "comfyui", "device", "sigmas", "second_sigmas")
 SINGLE, GUIDED, TWO = "rows", "guided", "two_stage"
 PARTS = SINGLE, GUIDED, TWO
+# What tells rows apart.
+KEY = ("ground", "clip", "recipe")
 BASE = "dense"
 THROTTLED, STREAMED, WHOLE = "8 multiprocessors", "streamed", "the whole card"
 
@@ -26,8 +30,8 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
             )
     out["processes"] = [process for report in reports for process in report["processes"]]
     for part in PARTS:
-        rows = {key_of(row): row for report in reports for row in report.get(part, [])}
-        out[part] = sorted(rows.values(), key=lambda row: place_of(row, list(rows.values())))
+        rows = results.latest((row for report in reports for row in report.get(part, [])), *KEY)
+        out[part] = sorted(rows, key=lambda row: place_of(row, rows))
     measured = {", ".join(key_of(row)) for part in PARTS for row in out[part]}
     left = dict.fromkeys(name for report in reports for name in report["left_out"])
     # A name may be followed by what went wrong.
@@ -35,8 +39,8 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     return compared(out)
 
 
-def key_of(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["ground"], row["clip"], row["recipe"]
+def key_of(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
 
 
 def place_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[int, int, int]:
@@ -66,32 +70,32 @@ def write_tables(report: dict[str, Any], path: Path) -> str:
         if not report[part]:
             continue
         text = two_stage_table(report) if part == TWO else single_table(report, part)
-        path.with_name(f"{path.stem}{name}.md").write_text(text, encoding="utf-8")
+        results.write_tables(path, {name: text})
         out.append(text)
     return "\n".join(out)
 
 
 def single_table(report: dict[str, Any], part: str) -> str:
     """Markdown, one row per recipe and clip."""
-    out = ["| clip | recipe | seconds | of dense | sampling | rest |", "|---" * 6 + "|"]
+    lines = []
     for row in report[part]:
         sampling = row["parts"]["sampling"]
         cells = [clip_of(row, report[part]), recipe_of(row), f"{row['seconds']:.1f}", share(row)]
         cells += [f"{sampling:.1f}", f"{row['seconds'] - sampling:.1f}"]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out) + "\n"
+        lines.append(cells)
+    return results.table(["clip", "recipe", "seconds", "of dense", "sampling", "rest"], lines) + "\n"
 
 
 def two_stage_table(report: dict[str, Any]) -> str:
     """Markdown, one row per recipe and clip, its parts in seconds."""
     parts = ("stage 1", "decode small", "encode", "upscale", "stage 2", "decode", "in-betweening")
     head = ["clip", "recipe", "seconds", "of dense", *parts, "peak above dense"]
-    out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for row in report[TWO]:
         cells = [clip_of(row, report[TWO]), recipe_of(row), f"{row['seconds']:.1f}", share(row)]
         cells += [f"{row['parts'][part]:.1f}" if part in row["parts"] else "–" for part in parts]
-        out.append("| " + " | ".join([*cells, peak(row)]) + " |")
-    return "\n".join(out) + "\n"
+        lines.append([*cells, peak(row)])
+    return results.table(head, lines) + "\n"
 
 
 def clip_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:

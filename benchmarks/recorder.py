@@ -9,10 +9,7 @@ sampled three times; the samples with the recorder are compared with those witho
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync")
@@ -32,9 +29,10 @@ import comfy.cli_args
 import comfy.memory_management
 import comfy.model_prefetch
 import comfy.samplers
+import lab
 import ltx2
+import results
 import torch
-from comfyui_version import __version__ as comfyui_version
 
 CLIP, STEPS, BLOCKS = ltx2.Clip(49, 640, 352), 6, 8
 SCOPES = ("whole blocks", "per-frame work", "spatial attention")
@@ -116,11 +114,7 @@ def sampled(model: Any, guider_class: Any) -> list[torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path)
-    out = parser.parse_args().out
+    out = results.asking(__doc__, "recorder").parse_args().out
     counts = Counts()
     logging.getLogger().addHandler(counts)
     logging.getLogger().setLevel(logging.INFO)
@@ -152,16 +146,9 @@ def main() -> None:
                 row["rogues"].append(counts.last[1])
                 row["same"] = all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
             rows.append(row)
-            if out is not None:
-                head = {
-                    "gpu": torch.cuda.get_device_name(),
-                    "torch": torch.__version__,
-                    "comfyui": comfyui_version,
-                }
-                out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    print("| passes | nodes | breaks | rogues | same bits |\n|---|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['passes']} | {row['nodes']} | {row['breaks']} | {row['rogues']} | {row['same']} |")
+            results.save({**lab.machine("cuda"), "rows": rows}, out)
+    head = ("passes", "nodes", "breaks", "rogues", "same bits")
+    print(results.table(head, [list(map(str, row.values())) for row in rows]))
 
 
 if __name__ == "__main__":

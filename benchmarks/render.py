@@ -13,7 +13,6 @@ Pages are Jinja templates. What they may ask for:
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import jinja2
 import report
+import results
 import two_stage_report
 
 PAGES = HERE / "pages"
@@ -34,7 +34,7 @@ REFINER, USUAL = "refiner", 17
 
 @cache
 def content(name: str) -> Any:
-    return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+    return results.read(HERE / f"{name}.json")
 
 
 @cache

@@ -6,6 +6,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import results
+
 # What the pages show of each model, at the LTX-2 size whose FLOPs stand for the tiny clip's length.
 TEACHER, STUDENT, PESSIMIST = "teacher", "student", "pessimist"
 WINDOWS = (
@@ -98,6 +100,7 @@ PRECISIONS = (
 )
 SHORT_PRECISION = {TEACHER: PRECISIONS, STUDENT: PRECISIONS}
 PRICED_AS = {13: "121 f 1280×704", 25: "481 f 1280×704"}
+OF_SOME = ("of all frames", "of slow clips", "of fast clips")
 SIZES = {"97 f 896×512": "13×448", "121 f 1280×704": "16×880", "481 f 1280×704": "61×880"}
 
 
@@ -177,21 +180,21 @@ def tables(report: dict[str, Any]) -> str:
     for model, frames, rows in groups(report):
         dense = next((row for row in rows if row["row"] == "dense"), None)
         steps = f"{len(dense['runs'][0]['executed'])} steps, " if dense else ""
-        real = report["real"][str(frames)]["figures"]
+        real, rival = report["real"][str(frames)]["figures"], Rival(rows)
         out += [
             f"### {model}, {steps}{frames} latent frames",
             "",
             f"Real clips: Fréchet {real['frechet']:.2f}, drift {real['drift']:.4f}, caption {real['caption']:.3f}, "
             f"speed {real['speed']:.3f}.",
             "",
-            f"| setting | FLOPs % at {' / '.join(SIZES.values())} | PSNR dB | Fréchet | of all frames | of slow clips "
-            "| of fast clips | drift | acceleration | caption | speed | fewer steps at these FLOPs: PSNR | Fréchet "
-            "| of all frames | of slow clips | of fast clips | drift |",
-            "|---" * 17 + "|",
+            results.table(
+                ["setting", f"FLOPs % at {' / '.join(SIZES.values())}", "PSNR dB", "Fréchet", *OF_SOME]
+                + ["drift", "acceleration", "caption", "speed"]
+                + ["fewer steps at these FLOPs: PSNR", "Fréchet", *OF_SOME, "drift"],
+                [line(row, rival) for row in sorted(rows, key=order)],
+            ),
+            "",
         ]
-        rival = Rival(rows)
-        out += [line(row, rival) for row in sorted(rows, key=order)]
-        out.append("")
     return "\n".join(out)
 
 
@@ -273,9 +276,8 @@ def chosen_tables(
             f"{model.capitalize()}, {frames} latent frames, FLOPs at {SIZES[size]}; dense: {of_dense}; real clips: "
             f"Fréchet {real[distance]:.1f}, drift {real['drift']:.4f}",
             "",
-            f"| {title} | FLOPs | " + " | ".join(f"{label} ({beside})" for _, label, _ in columns) + " |",
-            "|---" * (2 + len(columns)) + "|",
         ]
+        lines = []
         for row in shown:
             cost, own = row["cost"][size], figures_of(row)
             others = [rival.of(row, cost)]
@@ -284,8 +286,9 @@ def chosen_tables(
             for name, _, digits in columns:
                 shown_beside = ", ".join(f"{o[name]:.{digits}f}" if name in o else "–" for o in others)
                 cells.append(f"{own[name]:.{digits}f} ({shown_beside})" if name in own else "–")
-            out.append("| " + " | ".join(cells) + " |")
-        out.append("")
+            lines.append(cells)
+        head = [title, "FLOPs", *(f"{label} ({beside})" for _, label, _ in columns)]
+        out += [results.table(head, lines), ""]
     return "\n".join(out)
 
 
@@ -308,7 +311,7 @@ def order(row: dict[str, Any]) -> int:
     return kinds.index(kind) if kind in kinds else len(kinds)
 
 
-def line(row: dict[str, Any], rival: Rival) -> str:
+def line(row: dict[str, Any], rival: Rival) -> list[str]:
     f, s = figures_of(row), row["spread"]
 
     def cell(name: str, digits: int) -> str:
@@ -328,7 +331,7 @@ def line(row: dict[str, Any], rival: Rival) -> str:
         else:
             shown = [f"{other[name]:.{digits}f}" if name in other else "–" for other in others]
             cells.append(shown[0] if len(set(shown)) == 1 else " / ".join(shown))
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def percents(costs: list[float]) -> str:

@@ -11,9 +11,7 @@ others.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -25,14 +23,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-
 from runtime import PACK  # isort: split
 
+import lab
 import numpy as np
+import results
 import torch
 import torch.nn.functional as F
-from comfyui_version import __version__ as comfyui_version
 from einops import rearrange
 from rows import DENSE
 from sampling import GRID, sample_clips
@@ -45,7 +42,6 @@ from tiny_ltx.model import TEACHER_RECIPE, load_model
 routed = importlib.import_module(f"{PACK}.patches.kernels.routed")
 VideoTokens = importlib.import_module(f"{PACK}.patches.kernels.tokens").VideoTokens
 
-SLOT = "optimized_attention_override"
 Settings = list[tuple[float, float]]
 # (keep, threshold); keep 0: by threshold.
 SETTINGS: Settings = [(keep, 0.0) for keep in (0.05, 0.1, 0.2, 0.3, 0.5)]
@@ -95,9 +91,7 @@ def captured(model: Any, frames: int) -> Iterator[tuple[Any, list[dict[str, Any]
             calls.append({"step": step, "heads": heads, "qkv": given})
         return func(q, k, v, heads, *args, **kwargs)
 
-    clone = model.clone()
-    clone.model_options.setdefault("transformer_options", {})[SLOT] = override
-    yield clone, calls
+    yield lab.attending(model, override), calls
 
 
 def orders(frames: int, sinks: int, block: int) -> dict[str, Any]:
@@ -130,8 +124,7 @@ def measure_errors(
     model = load_model()
     ids = draw_ids(CLIPS, torch.Generator().manual_seed(1000))
     part: dict[str, Any] = {"rows": [], **report.get("error", {})}
-    part |= {"model": "teacher", "clips": CLIPS, "steps": STEPS}
-    part |= {"torch": torch.__version__, "comfyui": comfyui_version}
+    part |= {"model": "teacher", "clips": CLIPS, "steps": STEPS, **lab.versions()}
     report["error"] = part
     for frames in lengths:
         with captured(model, frames) as (watched, calls):
@@ -150,7 +143,7 @@ def measure_errors(
                     part["rows"].append(row)
                     print(f"{tuple(here.values())} {name_of(*setting)}: {row['kept']:.3f} {row['error']:.4f}")
                 print(flush=True)
-                save(report, out)
+                results.save(report, out)
 
 
 def summed_up(found: list[tuple[float, float, float]], steps: list[int]) -> dict[str, Any]:
@@ -244,44 +237,27 @@ def by_place(rows: list[dict[str, Any]]) -> dict[tuple[int, ...], list[dict[str,
 # Time of the kernel
 
 
-def milliseconds(work: Callable[[], Any], device: torch.device, least: float = 200, most: int = 20) -> float:
+def milliseconds(work: Callable[[], Any], device: str, least: float = 200, most: int = 20) -> float:
     """Median of single runs after one that warms up, so many as take `least` milliseconds, three at least."""
     work()
     times: list[float] = []
     while len(times) < 3 or (sum(times) < least and len(times) < most):
-        if device.type == "cpu":
-            begun = time.perf_counter()
-            work()
-            times.append((time.perf_counter() - begun) * 1000)
-            continue
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(lab.milliseconds(work, device))
     return statistics.median(times)
 
 
-def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
-    """MiB that it takes beside its inputs."""
-    if device.type == "cpu":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+def peak_mib(work: Callable[[], Any], device: str) -> float | None:
+    peak = lab.peak_gib(work, device)
+    return None if peak is None else 1024 * peak
 
 
 @torch.inference_mode()
 def measure_times(
-    report: dict[str, Any], out: Path, seconds: float, frames: tuple[int, ...], device: torch.device
+    report: dict[str, Any], out: Path, seconds: float, frames: tuple[int, ...], device: str
 ) -> None:
     begun = time.monotonic()
-    is_gpu = device.type == "cuda"
-    reason = routed.why_not(device, torch.bfloat16, WIDTH)
+    is_gpu = device == "cuda"
+    reason = routed.why_not(torch.device(device), torch.bfloat16, WIDTH)
     # On a CPU the package's slow form shows whether this script runs.
     if is_gpu and reason is not None:
         raise RuntimeError(
@@ -289,8 +265,7 @@ def measure_times(
             "of compute capability 8.0 or newer."
         )
     part: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name() if is_gpu else "none (CPU)",
-        "torch": torch.__version__,
+        **lab.machine(device),
         "kitchen": version("comfy-kitchen"),
         "heads": HEADS,
         "width": WIDTH,
@@ -340,15 +315,15 @@ def measure_times(
                     part["left_out"].append(row)
                     continue
                 row["ms"] = milliseconds(work, device)
-                row["peak_mib"] = peak_of(work, device)
+                row["peak_mib"] = peak_mib(work, device)
                 if name == "packed":
                     row["kept"] = kept_of(q, k, packing, settings["keep"], settings["threshold"])
                     row["pairs"] = packing.pairs(settings["keep"])
                 part["rows"].append(row)
                 print(row, flush=True)
-                save(report, out)
+                results.save(report, out)
     part["seconds"] = time.monotonic() - begun
-    save(report, out)
+    results.save(report, out)
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -372,7 +347,7 @@ def kept_of(q: torch.Tensor, k: torch.Tensor, packing: Any, keep: float, thresho
     return kept_share(packing, routed.route(*rows, WIDTH**-0.5, packing, keep, threshold)[1])
 
 
-def check_kernel(device: torch.device) -> list[dict[str, Any]]:
+def check_kernel(device: str) -> list[dict[str, Any]]:
     """Relative errors of kernel against reference, and of both against dense, on data that is smooth in the grid."""
     tokens = VideoTokens.grid(5, 18, 26, guides=70)
     packing = routed.pack_tokens(tokens, 18, 26, 1).on(device)
@@ -409,10 +384,6 @@ def tables(report: dict[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]] + [""]
-
-
 def error_tables(part: dict[str, Any]) -> list[str]:
     out = [
         "## Error against dense on activations of the teacher",
@@ -438,7 +409,7 @@ def error_tables(part: dict[str, Any]) -> list[str]:
                     "–" if ratio is None else f"{ratio:.0%}",
                 ]
             )
-    out += table(head, lines)
+    out += [results.table(head, lines), ""]
     for (block, frames, sinks), here in by_place(part["rows"]).items():
         names = list(dict.fromkeys(row["order"] for row in here))
         found = {(row["order"], row["keep"], row["threshold"]): row for row in here}
@@ -448,7 +419,7 @@ def error_tables(part: dict[str, Any]) -> list[str]:
             cells = ["–" if row is None else f"{row['error']:.4f} ({row['kept']:.1%})" for row in shown]
             lines.append([name_of(*setting), *cells])
         out += [f"### Blocks of {block}, {frames} latent frames, {sinks} sink frames: error (kept)", ""]
-        out += table(["", *names], lines)
+        out += [results.table(["", *names], lines), ""]
     return out
 
 
@@ -469,37 +440,25 @@ def time_tables(part: dict[str, Any]) -> list[str]:
             lines[label][row["frames"]] = cell + (f", kept {row['kept']:.0%}" if "kept" in row else "")
         out += [f"### {f'{multiprocessors} multiprocessors' if multiprocessors else 'the full card'}", ""]
         head = ["", *(f"{count}×{FRAME[0] * FRAME[1]}" for count in frames)]
-        out += table(head, [[label, *(cells.get(c, "–") for c in frames)] for label, cells in lines.items()])
+        cells_of = [[label, *(cells.get(c, "–") for c in frames)] for label, cells in lines.items()]
+        out += [results.table(head, cells_of), ""]
     out += ["### Kernel and reference", ""]
     head = ["", "kernel to reference", "kernel to dense", "reference to dense"]
     lines_of_check = [
         [name_of(row["keep"], row["threshold"]), *(f"{row[k]:.4f}" for k in row if "_to_" in k)]
         for row in part["check"]
     ]
-    return out + table(head, lines_of_check)
-
-
-def save(report: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return [*out, results.table(head, lines_of_check), ""]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "routing.json")
+    # Time and device are those of the part gpu; --device cpu for a look, with --frames 2.
+    parser = results.asking(__doc__, "routing", seconds=90, device="cuda")
     parser.add_argument("--part", choices=("error", "gpu", "table"), default="error")
     parser.add_argument("--frames", type=int, nargs="+", help="latent frames, fewer for a look")
     parser.add_argument("--blocks", type=int, nargs="+", choices=SMALL_BLOCKS, default=SMALL_BLOCKS)
-    parser.add_argument("--device", default="cuda", help="for --part gpu; cpu for a look, with --frames 2")
-    parser.add_argument(
-        "--seconds", type=float, default=90, help="on the GPU, measure nothing later than that"
-    )
     options = parser.parse_args()
-    report: dict[str, Any] = {}
-    if options.out.is_file():
-        report = json.loads(options.out.read_text(encoding="utf-8"))
+    report = results.read(options.out, {})
     if options.part == "error":
         measure_errors(report, options.out, tuple(options.frames or (13, 25)), tuple(options.blocks))
     if options.part == "gpu":
@@ -508,16 +467,15 @@ def main() -> None:
             options.out,
             options.seconds,
             tuple(options.frames or FRAMES),
-            torch.device(options.device),
+            options.device,
         )
     if "error" in report:
         report["error"]["at_equal_error"] = {
             by: at_equal_error(report["error"]["rows"], by) for by in ("keep", "threshold")
         }
-    save(report, options.out)
-    text = tables(report)
-    options.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    results.save(report, options.out)
+    results.write_tables(options.out, {"": tables(report)})
+    print(tables(report))
 
 
 if __name__ == "__main__":

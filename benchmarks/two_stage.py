@@ -15,21 +15,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-
 from runtime import PACK  # isort: split
 
 import comfy.cli_args
 import comfy.model_management as mm
+import lab
+import results
 import torch
-from comfyui_version import __version__ as comfyui_version
-from quality import SEEDS, gpu_name, save
+from quality import SEEDS
 from two_stage_judge import Judge
 from two_stage_price import price_rows
 from two_stage_report import GATE, gate, short_table, tables
@@ -41,6 +39,8 @@ from tiny_ltx.model import BASE, MODELS, file_of
 from tiny_ltx.probe import FULL_PROBE
 
 Job = tuple[Row, str, int]
+# What tells rows apart.
+PLACE = ("base", "row", "frames")
 
 
 def weights_of(base: str) -> str:
@@ -97,43 +97,35 @@ def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
             # One row that fails, such as one whose node has no effect, leaves the others their turn.
             report["failed"][name] = f"{type(error).__name__}: {error}"
             print(f"{name}: {report['failed'][name]}", flush=True)
-            save(report, options.out)
+            results.save(report, options.out)
             continue
-        entry |= {
-            "gpu": gpu_name(),
-            "torch": torch.__version__,
-            "comfyui": comfyui_version,
-            "seconds_taken": time.monotonic() - started,
-        }
-        report["rows"] = [old for old in report["rows"] if key_of(old) != key_of(entry)]
-        report["rows"].append(entry)
+        entry |= {**lab.machine(), "seconds_taken": time.monotonic() - started}
+        report["rows"] = results.latest([*report["rows"], entry], *PLACE)
         made_with = list(real_of)
         if report["real"].get(str(frames), {}).get("made_with") != made_with:
             report["real"][str(frames)] = {"made_with": made_with, **judge.real_figures(frames)}
-        save(report, options.out)
+        results.save(report, options.out)
         shown = {name: round(value, 4) for name, value in entry["figures"].items()}
         print(f"{name}: {shown} {entry['seconds_taken']:.1f} s", flush=True)
 
 
-def key_of(entry: dict[str, Any]) -> tuple[str, str, int]:
-    return entry["base"], entry["row"], entry["frames"]
+def key_of(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry[name] for name in PLACE)
 
 
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of several; of a row that several have, the last one's."""
     out = new_report()
-    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     for report in reports:
         out["real"] |= report["real"]
         for clip, prices in report["flops_of_a_forward"].items():
             out["flops_of_a_forward"].setdefault(clip, {}).update(prices)
-        rows |= {key_of(entry): entry for entry in report["rows"]}
+        out["rows"] = results.latest([*out["rows"], *report["rows"]], *PLACE)
         out["failed"] |= report["failed"]
-    clips = {entry["clips"] for entry in rows.values()}
+    clips = {entry["clips"] for entry in out["rows"]}
     if len(clips) > 1:
         raise SystemExit(f"expected rows of one number of clips, got {sorted(clips)}. Measure them alike.")
-    out["rows"] = list(rows.values())
-    for base, row, frames in rows:
+    for base, row, frames in map(key_of, out["rows"]):
         out["failed"].pop(f"{base} {frames} {row}", None)
     return out
 
@@ -156,19 +148,14 @@ def missing(report: dict[str, Any]) -> list[str]:
 def write_report(report: dict[str, Any], out: Path) -> None:
     price_rows(PACK, report)
     report["left_out"] = missing(report)
-    save(report, out)
-    out.with_suffix(".md").write_text(tables(report), encoding="utf-8")
-    out.with_name(f"{out.stem}_short.md").write_text(short_table(report), encoding="utf-8")
+    results.save(report, out)
+    results.write_tables(out, {"": tables(report), "_short": short_table(report)})
     print(short_table(report))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "two_stage.json")
+    parser = results.asking(__doc__, "two_stage", seconds=1e9, merge=True)
     parser.add_argument("--part", default="rows", choices=["rows", "gate", "sheet"])
-    parser.add_argument("--merge", type=Path, nargs="+", help="only make one report of these")
     parser.add_argument("--clips", type=int, default=384, help="sampled clips a row, over all seeds")
     parser.add_argument("--lengths", type=int, nargs="+", default=(USUAL, SHORT, HARD))
     parser.add_argument(
@@ -178,7 +165,6 @@ def main() -> None:
     parser.add_argument(
         "--shard", default="1/1", help="every so manyth of them: 2/4 is the second of four shares"
     )
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no row later than that")
     parser.add_argument(
         "--gpu-only", action="store_true", help="as ComfyUI's: latents and frames stay on the GPU"
     )
@@ -189,7 +175,7 @@ def main() -> None:
         draw_sheet(PACK, options.out.with_suffix(".png"))
         return
     paths = options.merge or ([options.out] if options.out.is_file() else [])
-    report = merged([json.loads(path.read_text(encoding="utf-8")) for path in paths])
+    report = merged(list(map(results.read, paths)))
     if options.part == "gate":
         options.only, options.bases, options.lengths = list({row for _, row, *_ in GATE}), [REFINER], [USUAL]
     if not options.merge:
@@ -198,7 +184,7 @@ def main() -> None:
         print("\n".join(gate(report)))
     elif not options.no_table:
         write_report(report, options.out)
-    save(report, options.out)
+    results.save(report, options.out)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import results
 from two_stage_rows import HARD, REFINER, ROWS, USUAL
 
 # What the second stage has to do before any other row means something: figure, row, limit, whether that is the most.
@@ -115,7 +116,7 @@ def short_table(report: dict[str, Any]) -> str:
     """For the pages: the rows that decide."""
     rows = next((rows for *key, rows in groups(report) if key == [REFINER, USUAL]), {})
     lines = [f"- {line}" for line in verdict(report)]
-    return "\n".join([*lines, "", *table(rows, DECIDING)]) + "\n"
+    return "\n".join([*lines, "", table(rows, DECIDING)]) + "\n"
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -123,9 +124,9 @@ def tables(report: dict[str, Any]) -> str:
     out = [short_table(report)]
     for base, frames, rows in groups(report):
         out += [f"### {base} as the second stage, {frames} latent frames", "", real_line(report, frames), ""]
-        out += table(rows, rows)
+        out.append(table(rows, rows))
         if frames == HARD:
-            out += ["", "The last second, in brackets the one before:", "", *seconds_table(rows)]
+            out += ["", "The last second, in brackets the one before:", "", seconds_table(rows)]
         out.append("")
     return "\n".join(out)
 
@@ -136,37 +137,33 @@ def real_line(report: dict[str, Any], frames: int) -> str:
     return f"Real clips: Fréchet {figures['frechet_all']:.2f}, {shown}."
 
 
-def table(rows: dict[str, dict[str, Any]], names: Iterable[str]) -> list[str]:
+def table(rows: dict[str, dict[str, Any]], names: Iterable[str]) -> str:
     shown = [rows[name] for name in names if name in rows]
     if not shown:
-        return ["Nothing measured yet."]
+        return "Nothing measured yet."
     costs = list(next(iter(shown)).get("cost", {}))
-    out = [
-        f"| setting | FLOPs % at {' / '.join(costs) or '–'} | Fréchet (of dense) | "
-        + " | ".join(label for _, label, _ in COLUMNS)
-        + " |",
-        "|---" * (3 + len(COLUMNS)) + "|",
-    ]
-    return out + [line(row, baseline(row, rows)) for row in shown]
+    head = ["setting", f"FLOPs % at {' / '.join(costs) or '–'}", "Fréchet (of dense)"]
+    head += [label for _, label, _ in COLUMNS]
+    return results.table(head, [line(row, baseline(row, rows)) for row in shown])
 
 
-def line(row: dict[str, Any], full: dict[str, Any] | None) -> str:
+def line(row: dict[str, Any], full: dict[str, Any] | None) -> list[str]:
     figures = row["figures"]
     cost = " / ".join(f"{share:.0%}".rstrip("%") for share in row.get("cost", {}).values()) or "–"
     distance = f"{figures['frechet_all']:.2f}"
     if full is not None and full is not row:
         distance += f" ({figures['frechet_all'] / full['figures']['frechet_all']:.2f})"
     cells = [f"{figures[name]:.{digits}f}" if name in figures else "–" for name, _, digits in COLUMNS]
-    return "| " + " | ".join([row["row"], cost, distance, *cells]) + " |"
+    return [row["row"], cost, distance, *cells]
 
 
-def seconds_table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    out = ["| setting | Fréchet | detail | PSNR dB |", "|---" * 4 + "|"]
+def seconds_table(rows: dict[str, dict[str, Any]]) -> str:
+    lines = []
     for name, row in rows.items():
         last, before = row["seconds"]["last"], row["seconds"]["before"]
         cells = [
             f"{last[figure]:.{digits}f} ({before[figure]:.{digits}f})" if figure in last else "–"
             for figure, digits in (("frechet", 2), ("detail", 2), ("psnr", 1))
         ]
-        out.append("| " + " | ".join([name, *cells]) + " |")
-    return out
+        lines.append([name, *cells])
+    return results.table(["setting", "Fréchet", "detail", "PSNR dB"], lines)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
+from sheet import contact_sheet
 from two_stage_rows import DENSE, REFINER, UPSCALED, USUAL, blind, ours
 from two_stage_runs import Runs
 
@@ -20,7 +21,7 @@ CAPTIONS = (
 ROWS = (UPSCALED, DENSE, ours(2), ours(4), ours(8), blind(4))
 # None of them is a keyframe at any stride.
 FRAMES = (5, 29, 53, 77, 101, 125)
-CELL, LABEL, LINE = 128, 110, 16
+CELL, LABEL = 128, 110
 
 
 # What the README shows of it: something fast, something slow.
@@ -38,18 +39,9 @@ def draw_sheet(pack: str, path: Path, latent_frames: int = USUAL) -> None:
 
 def tiled(clips: dict[str, torch.Tensor], captions: tuple[int, ...]) -> Image.Image:
     shown = [frame for frame in FRAMES if frame < next(iter(clips.values())).shape[1]]
-    height = len(captions) * (LINE + len(clips) * (CELL + 2))
-    sheet = Image.new("L", (LABEL + len(shown) * (CELL + 2), height), 255)
-    pen, top = ImageDraw.Draw(sheet), 0
-    for i in captions:
-        words = caption_text(CAPTIONS[i])
-        pen.text((4, top + 2), f"{words}; video frames {', '.join(map(str, shown))}", fill=0)
-        top += LINE
-        for name, pixels in clips.items():
-            pen.text((4, top + CELL // 2 - 6), name, fill=0)
-            for column, frame in enumerate(shown):
-                tile = Image.fromarray((pixels[i, frame] * 255).round().byte().numpy())
-                tile = tile.resize((CELL, CELL), Image.Resampling.NEAREST)
-                sheet.paste(tile, (LABEL + column * (CELL + 2), top))
-            top += CELL + 2
-    return sheet
+    words = f"video frames {', '.join(map(str, shown))}"
+    blocks = {
+        f"{caption_text(CAPTIONS[i])}; {words}": {name: pixels[i, shown] for name, pixels in clips.items()}
+        for i in captions
+    }
+    return contact_sheet(blocks, CELL, LABEL)

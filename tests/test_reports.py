@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import json
 import re
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def report(pack):
+    sys.path.append(str(pack.root / "benchmarks"))
+    yield importlib.import_module("report")
+    sys.path.remove(str(pack.root / "benchmarks"))
 
 
 def test_gpu_tables_match_their_json(pack):
@@ -50,9 +60,8 @@ def test_flop_table_matches_its_json(pack):
     assert len(shown) == len(entries) == 30 and set(shown) == cells
 
 
-def test_quality_tables_come_from_their_json(pack):
+def test_quality_tables_come_from_their_json(pack, report):
     folder = pack.root / "benchmarks"
-    report = report_module(folder)
     content = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
     assert (folder / "quality.md").read_text(encoding="utf-8") == report.tables(content)
     assert (folder / "quality_short.md").read_text(encoding="utf-8") == report.short_tables(content)
@@ -124,15 +133,7 @@ def lines_of(path):
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def report_module(folder):
-    spec = importlib.util.spec_from_file_location("quality_report", folder / "report.py")
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
-    return report
-
-
-def test_what_the_notes_of_the_templates_say(pack):
-    report = report_module(pack.root / "benchmarks")
+def test_what_the_notes_of_the_templates_say(pack, report):
     rows = json.loads((pack.root / "benchmarks" / "quality.json").read_text(encoding="utf-8"))["rows"]
     for frames, is_long in ((13, False), (25, True)):
         own = [row for row in rows if (row["model"], row["frames"]) == ("teacher", frames)]
