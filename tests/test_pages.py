@@ -48,11 +48,31 @@ def test_the_readme_is_short(pages):
     assert pages["README.md"].count("\n") <= 150
 
 
-def test_links_lead_somewhere(pack, pages):
+def anchors(text):
+    """Of the headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_somewhere(pack, render, pages):
+    """Those to the repository's own address as well: pages of help have no others, as ComfyUI resolves none."""
+    here = f"{render.repository()}/blob/HEAD/"
+    assert '"{}"'.format(render.repository()) in (pack.root / "pyproject.toml").read_text(encoding="utf-8")
+    of_help = 0
     for name, text in pages.items():
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-            if not target.startswith("http"):
-                assert ((pack.root / name).parent / target).exists(), f"{name}: {target}"
+        for mark, target, anchor in re.findall(r"(!?)\[[^]]*\]\(([^)#]*)(?:#([^)]*))?\)", text):
+            is_help = name.startswith(render.HELP)
+            of_help += is_help
+            assert not is_help or target.startswith(here) or mark, f"{name}: {target} is relative"
+            if target.startswith("http") and not target.startswith(here):
+                continue
+            path = pack.root / target.removeprefix(here)
+            if not target.startswith(here):
+                path = (pack.root / name).parent / target if target else pack.root / name
+            assert path.exists(), f"{name}: {target}"
+            if anchor:
+                assert anchor in anchors(path.read_text(encoding="utf-8")), f"{name}: {target}#{anchor}"
+    assert of_help > 20
 
 
 def scaled(found, by):
@@ -76,7 +96,7 @@ def told(render, monkeypatch, by):
     for path in render.PAGES.rglob("*.md"):
         name = path.relative_to(render.PAGES).as_posix()
         try:
-            out[name] = templates.get_template(name).render()
+            out[name] = render.page(name, templates)
         except (LookupError, ValueError) as error:
             out[name] = str(error)
     return out
