@@ -118,7 +118,7 @@ def routed(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def browser(session: nox.Session) -> None:
-    """The blueprints in ComfyUI's frontend, in the Chromium of this machine or one put in .cache/."""
+    """Blueprints and help in ComfyUI's frontend, in the Chromium of this machine or one put in .cache/."""
     prepare(session)
     folder = ROOT / ".cache" / PLAYWRIGHT.replace("==", "-")
     if not (folder / "playwright").is_dir():
@@ -126,7 +126,8 @@ def browser(session: nox.Session) -> None:
     env = {"PYTHONPATH": str(folder), "PLAYWRIGHT_BROWSERS_PATH": str(folder / "browsers")}
     if not any(map(shutil.which, CHROMES)):
         run(session, "-m", "playwright", "install", "chromium", **env)
-    run(session, "-m", "pytest", "tests/e2e/test_blueprints_in_browser.py", *session.posargs, **env)
+    files = [f"tests/e2e/test_{what}_in_browser.py" for what in ("blueprints", "help")]
+    run(session, "-m", "pytest", *files, *session.posargs, **env)
 
 
 @nox.session(python=False)

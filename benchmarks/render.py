@@ -9,10 +9,14 @@ Pages are Jinja templates. What they may ask for:
     find(name, key=value, ...)        the one row of NAME.json that has these values; of another list than `rows`, with among=
     table(name, only=[...])           NAME.md as it is, or those of its rows
     claim(what)                       nothing, but rendering fails where it is false: what a sentence says has to hold
+
+Links are written relative to the page. In docs/docs/, which ComfyUI shows as help, they become addresses of the repository.
 """
 
 from __future__ import annotations
 
+import os.path
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -29,6 +33,8 @@ import results
 import two_stage_report
 
 PAGES = HERE / "pages"
+HELP = "docs/docs/"
+LINK = re.compile(r"(?<!!)(\[[^]]*\]\()(?!https?:)([^)#]*)")
 REFINER, USUAL = "refiner", 17
 
 
@@ -142,6 +148,31 @@ def environment() -> jinja2.Environment:
     return out
 
 
+@cache
+def repository() -> str:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    # Python 3.10 has no tomllib.
+    return re.search(r'^Repository = "(.+)"$', text, re.MULTILINE)[1]
+
+
+def leading_anywhere(name: str, text: str) -> str:
+    """A page of help with links that work in ComfyUI, too, where relative ones would lead to its own server.
+
+    Images stay relative: ComfyUI looks for them beside the page, as GitHub does.
+    """
+
+    def absolute(found: re.Match[str]) -> str:
+        path = os.path.normpath(f"{HELP}{found[2]}" if found[2] else name)
+        return f"{found[1]}{repository()}/blob/HEAD/{Path(path).as_posix()}"
+
+    return LINK.sub(absolute, text)
+
+
+def page(name: str, templates: jinja2.Environment) -> str:
+    text = templates.get_template(name).render()
+    return leading_anywhere(name, text) if name.startswith(HELP) else text
+
+
 def pages() -> dict[str, str]:
     """What each page says, by its path from the root."""
     templates = environment()
@@ -149,7 +180,7 @@ def pages() -> dict[str, str]:
     out = {}
     for name in names:
         try:
-            out[name] = templates.get_template(name).render()
+            out[name] = page(name, templates)
         except Exception as error:
             # Python 3.10 has no notes on errors.
             raise RuntimeError(f"{PAGES / name}: {error}") from error

@@ -48,11 +48,61 @@ def test_the_readme_is_short(pages):
     assert pages["README.md"].count("\n") <= 150
 
 
-def test_links_lead_somewhere(pack, pages):
+def anchors(text):
+    """Of the headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_somewhere(pack, render, pages):
+    """Those to the repository's own address as well: pages of help have no others, as ComfyUI resolves none."""
+    here = f"{render.repository()}/blob/HEAD/"
+    assert f'"{render.repository()}"' in (pack.root / "pyproject.toml").read_text(encoding="utf-8")
+    of_help = 0
     for name, text in pages.items():
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-            if not target.startswith("http"):
-                assert ((pack.root / name).parent / target).exists(), f"{name}: {target}"
+        for mark, target, anchor in re.findall(r"(!?)\[[^]]*\]\(([^)#]*)(?:#([^)]*))?\)", text):
+            is_help = name.startswith(render.HELP)
+            of_help += is_help
+            assert not is_help or target.startswith(here) or mark, f"{name}: {target} is relative"
+            if target.startswith("http") and not target.startswith(here):
+                continue
+            path = pack.root / target.removeprefix(here)
+            if not target.startswith(here):
+                path = (pack.root / name).parent / target if target else pack.root / name
+            assert path.exists(), f"{name}: {target}"
+            if anchor:
+                assert anchor in anchors(path.read_text(encoding="utf-8")), f"{name}: {target}#{anchor}"
+    assert of_help > 20
+
+
+def setting(technique):
+    """A technique of the presets in the words of their page."""
+    words = {
+        "spatial freeze": lambda: f"every other step frozen from {technique.schedule.start_percent:g} on\\*",
+        "temporal window": lambda: (
+            f"window ±{technique.window}, {technique.sink_frames} sink, from {technique.schedule.start_percent:g} on"
+        ),
+        "GPU pacing": lambda: f"pauses from {technique.target_temperature} °C",
+    }
+    return words[technique.name]()
+
+
+def test_the_page_of_presets_has_their_table_and_its_evidence(pack, pages):
+    table, text = pack("presets.table"), pages["docs/docs/ThriftPreset.md"]
+    for preset in table.PRESETS:
+        cells = []
+        for stage in (table.SINGLE, table.SECOND):
+            recipe = table.TABLE[preset, stage]
+            stride = [f"stride {recipe.stride}"] if recipe.stride > 1 else []
+            cells.append("; ".join([*stride, *map(setting, recipe.techniques)]))
+        assert f"| `{preset}` | {cells[0]} | {cells[1]} |" in text
+        first, single = table.TABLE[preset, table.FIRST], table.TABLE[preset, table.SINGLE]
+        assert (first.stride, first.techniques) == (single.stride, single.techniques)
+    for (preset, _), recipe in table.TABLE.items():
+        for each in recipe.evidence if preset != table.COOL else ():
+            lines = [line for line in text.splitlines() if line.startswith(f"| `{preset}` |")]
+            cost, distance = f"{100 * each.cost:.0f}", f"{each.distance:.2f}"
+            assert any(f"| {cost} " in line and distance in line for line in lines), each
 
 
 def scaled(found, by):
@@ -76,7 +126,7 @@ def told(render, monkeypatch, by):
     for path in render.PAGES.rglob("*.md"):
         name = path.relative_to(render.PAGES).as_posix()
         try:
-            out[name] = templates.get_template(name).render()
+            out[name] = render.page(name, templates)
         except (LookupError, ValueError) as error:
             out[name] = str(error)
     return out

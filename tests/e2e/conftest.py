@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,3 +67,25 @@ def new_log(server: Any) -> Callable[[], str]:
     """What the server has logged since the test began."""
     before = len(server.log_text())
     return lambda: server.log_text()[before:]
+
+
+@pytest.fixture(scope="module")
+def browser(server: Any) -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not here: `nox -s browser`")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--no-proxy-server"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Any) -> Iterator[Any]:
+    """A visitor of whom the frontend remembers nothing, so that it opens its default graph and no panel."""
+    # Else a first visit opens the templates. The server remembers the panel.
+    server.request(
+        "POST", "/settings", {"Comfy.TutorialCompleted": True, "Comfy.RightSidePanel.IsOpen": False}
+    )
+    page = browser.new_page(viewport={"width": 1800, "height": 1000})
+    yield page
+    page.context.close()

@@ -6,14 +6,10 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not here: `nox -s browser`")
 
 SAMPLER = "LTX Efficient Sampler"
 TEXT, IMAGE = (f"LTX Efficient Two-Stage ({source})" for source in ("Text", "Image"))
@@ -94,25 +90,6 @@ def surroundings(name: str) -> Graph:
         nodes["picture"] = ("EmptyImage", {"width": 80, "height": 64, "color": 0x4080C0})
         links.append(("picture", 0, "box", "image"))
     return nodes, links
-
-
-@pytest.fixture(scope="module")
-def browser(server: Any) -> Iterator[Any]:
-    # Else a first visit opens the templates.
-    server.request("POST", "/settings", {"Comfy.TutorialCompleted": True})
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--no-proxy-server"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A visitor of whom the frontend remembers nothing, so that it opens its default graph."""
-    page = browser.new_page(viewport={"width": 1800, "height": 1000})
-    yield page
-    page.context.close()
 
 
 def drop(page: Any, server: Any, name: str) -> None:
