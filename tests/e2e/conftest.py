@@ -57,6 +57,26 @@ def server(driver: ModuleType) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def frontend() -> ModuleType:
+    """comfy_frontend.py: what a browser does, and where it shows nodes."""
+    return _load(REPO / "comfy_frontend.py")
+
+
+@pytest.fixture(scope="session")
+def browser(frontend: ModuleType, server: Any) -> Iterator[Any]:
+    with frontend.chromium(server) as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A visitor of whom the frontend remembers nothing, so that it opens its default graph."""
+    page = browser.new_page(viewport={"width": 1800, "height": 1000})
+    yield page
+    page.context.close()
+
+
+@pytest.fixture(scope="session")
 def object_info(server: Any) -> dict[str, Any]:
     return server.object_info()
 

@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import itertools
-import shutil
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not here: `nox -s browser`")
+pytest.importorskip("playwright.sync_api", reason="Playwright is not here: `nox -s browser`")
 
 SAMPLER = "LTX Efficient Sampler"
 TEXT, IMAGE = (f"LTX Efficient Two-Stage ({source})" for source in ("Text", "Image"))
@@ -42,14 +39,6 @@ OPEN = """
 () => {
   const box = app.graph.nodes.find((node) => node.isSubgraphNode());
   app.canvas.openSubgraph(box.subgraph, box);
-}
-"""
-# Places are known once a node was drawn.
-PLACES = """
-() => {
-  const {nodes, inputNode, outputNode} = app.canvas.graph;
-  const places = [...nodes, inputNode, outputNode].map((node) => [node.title, ...node.boundingRect]);
-  return places.every((place) => place[3] > 0) && places;
 }
 """
 
@@ -96,25 +85,6 @@ def surroundings(name: str) -> Graph:
     return nodes, links
 
 
-@pytest.fixture(scope="module")
-def browser(server: Any) -> Iterator[Any]:
-    # Else a first visit opens the templates.
-    server.request("POST", "/settings", {"Comfy.TutorialCompleted": True})
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--no-proxy-server"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A visitor of whom the frontend remembers nothing, so that it opens its default graph."""
-    page = browser.new_page(viewport={"width": 1800, "height": 1000})
-    yield page
-    page.context.close()
-
-
 def drop(page: Any, server: Any, name: str) -> None:
     """Opens the frontend, finds the blueprint in the node library, and drags it to the emptied canvas."""
     page.goto(server.url)
@@ -158,16 +128,10 @@ def test_blueprint_is_found_dropped_connected_and_run(page: Any, server: Any, na
     assert presets == (["quality"] if name == SAMPLER else ["fast", "fast"])
 
 
-def meet(one: list[Any], two: list[Any]) -> bool:
-    """Whether two places (title, x, y, width, height) overlap."""
-    (x, y, width, height), (u, v, other_width, other_height) = one[1:], two[1:]
-    return x < u + other_width and u < x + width and y < v + other_height and v < y + height
-
-
 @pytest.mark.parametrize("name", [SAMPLER, TEXT, IMAGE])
-def test_no_inner_nodes_overlap(page: Any, server: Any, name: str) -> None:
+def test_no_inner_nodes_overlap(page: Any, server: Any, frontend: Any, name: str) -> None:
     drop(page, server, name)
     page.evaluate(OPEN)
-    places = page.wait_for_function(PLACES).json_value()
+    places = frontend.places(page)
     assert len(places) > 20
-    assert [pair for pair in itertools.combinations(places, 2) if meet(*pair)] == []
+    assert frontend.overlapping(places) == []
