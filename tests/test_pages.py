@@ -372,6 +372,30 @@ def test_nodes_and_templates_say_what_the_figures_say(pack, render, said):
     assert said.holds(render)
 
 
+def test_the_refining_template_is_what_was_measured(pack, render):
+    """Its nodes have the settings of the row that its note quotes, and the second sampler the steps from the row's sigma on."""
+    text = (pack.root / "workflows/stride_refine_undistilled.json").read_text(encoding="utf-8")
+    values = {node["type"]: node.get("widgets_values") for node in json.loads(text)["nodes"]}
+    name = f"{REFINED} + {FREEZE}"
+    row = next(
+        row for row in render.content("quality")["rows"] if (row["model"], row["row"]) == (TEACHER, name)
+    )
+    definition, striding = row["definition"], row["definition"]["striding"]
+    ((node, inputs),) = definition["nodes"]
+    assert values[node][: len(inputs)] == list(inputs.values())
+    assert values["KeyframeStride"][0] == striding["stride"]
+    assert values["LatentFlowInterpolate"][0] == striding["method"]
+    assert values["LTXVScheduler"][0] == definition["steps"]
+    width, height, length, _ = values["EmptyLTXVLatentVideo"]
+    latent_frames = (length - 1) // 8 + 1
+    assert (latent_frames - 1) % striding["stride"] == 0
+    tokens = latent_frames * (width // 32) * (height // 32)
+    sigmas = importlib.import_module("rows").scheduled_for(tokens, definition["steps"])
+    begins = values["SplitSigmas"][0]
+    assert min(sigmas, key=lambda sigma: abs(sigma - striding["again_from"])) == sigmas[begins]
+    assert definition["steps"] - begins == len(row["runs"][0]["second"]["executed"])
+
+
 def changed(found, by, within=False):
     """Figures and times as `by` makes them of a figure and of its row's place; prices stay."""
     if isinstance(found, dict):

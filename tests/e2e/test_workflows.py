@@ -246,6 +246,18 @@ def test_a_preset_after_a_full_first_stage_follows_that_one(
     assert sum("keyframes the reference is shifted by" in line for line in lines_of_ours(new_log())) == 1
 
 
+@pytest.mark.parametrize("name", ["keyframe_stride", "stride_refine_undistilled"])
+def test_stride_1_makes_the_full_clip(
+    server: Any, object_info: dict[str, Any], ui_graph: Any, name: str
+) -> None:
+    """As the notes say: set in both nodes."""
+    prompt = ui_graph.to_prompt(read(name), object_info)
+    for node in prompt.values():
+        if node["class_type"] in ("KeyframeStride", "LatentFlowInterpolate"):
+            node["inputs"]["stride"] = 1
+    assert run(server, prompt).shape[2] == 13
+
+
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name.startswith("two_stage")])
 def test_two_stages_at_stride_1_are_stock(
     server: Any, object_info: dict[str, Any], ui_graph: Any, name: str, new_log: Any
