@@ -13,6 +13,7 @@ import nox
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import comfyui_tree
+from comfy_frontend import CHROMES
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "tests"]
@@ -31,7 +32,6 @@ OLDEST = "0.9.2"
 # The first known to have the kernel of routed attention; newer than what the pinned ComfyUI requires.
 KITCHEN = "comfy-kitchen==0.2.40"
 PLAYWRIGHT = "playwright==1.65.2"
-CHROMES = ("chromium", "chromium-browser", "google-chrome")
 # A file is one worker's, so that its models are built, and its server is started, once.
 IN_PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -116,18 +116,30 @@ def routed(session: nox.Session) -> None:
     run(session, "-m", "pytest", *files, *session.posargs, PYTHONPATH=str(folder))
 
 
-@nox.session(python=False)
-def browser(session: nox.Session) -> None:
-    """Blueprints and help in ComfyUI's frontend, in the Chromium of this machine or one put in .cache/."""
-    prepare(session)
+def with_browser(session: nox.Session) -> dict[str, str]:
+    """The environment in which Playwright finds a Chromium: this machine's, or one put in .cache/."""
     folder = ROOT / ".cache" / PLAYWRIGHT.replace("==", "-")
     if not (folder / "playwright").is_dir():
         session.run(str(PYTHON), "-m", "pip", "install", "--target", str(folder), PLAYWRIGHT, external=True)
     env = {"PYTHONPATH": str(folder), "PLAYWRIGHT_BROWSERS_PATH": str(folder / "browsers")}
     if not any(map(shutil.which, CHROMES)):
         run(session, "-m", "playwright", "install", "chromium", **env)
-    files = [f"tests/e2e/test_{what}_in_browser.py" for what in ("blueprints", "help")]
-    run(session, "-m", "pytest", *files, *session.posargs, **env)
+    return env
+
+
+@nox.session(python=False)
+def browser(session: nox.Session) -> None:
+    """Blueprints, workflow templates and help in ComfyUI's frontend."""
+    prepare(session)
+    files = [f"tests/e2e/test_{what}_in_browser.py" for what in ("blueprints", "templates", "help")]
+    run(session, "-m", "pytest", *files, *session.posargs, **with_browser(session))
+
+
+@nox.session(python=False)
+def graphs(session: nox.Session) -> None:
+    """Draws benchmarks/graphs/*.png, the README's recipes as ComfyUI's frontend shows them."""
+    prepare(session)
+    run(session, "benchmarks/graphs.py", **with_browser(session))
 
 
 @nox.session(python=False)

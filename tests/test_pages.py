@@ -11,6 +11,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import pytest
+from PIL import Image
 
 TEACHER, STUDENT = "teacher", "student"
 LENGTHS = (13, 25)
@@ -103,6 +104,16 @@ def test_the_page_of_presets_has_their_table_and_its_evidence(pack, pages):
             lines = [line for line in text.splitlines() if line.startswith(f"| `{preset}` |")]
             cost, distance = f"{100 * each.cost:.0f}", f"{each.distance:.2f}"
             assert any(f"| {cost} " in line and distance in line for line in lines), each
+
+
+def test_pictures_of_graphs_show_the_templates_as_they_are(pack, pages):
+    graphs = importlib.import_module("graphs")
+    shown = {f"benchmarks/graphs/{name}.png": picture for name, picture in graphs.PICTURES.items()}
+    assert set(re.findall(r"\]\((benchmarks/graphs/[^)]+)\)", pages["README.md"])) == shown.keys()
+    for name, picture in shown.items():
+        with Image.open(pack.root / name) as drawn:
+            assert drawn.text["graph"] == graphs.digest_of(picture), f"{name}: run nox -s graphs"
+        assert (pack.root / name).stat().st_size <= 120_000
 
 
 def scaled(found, by):
@@ -227,11 +238,38 @@ def frozen_share(render, start):
     return [1 - share for share in rows]
 
 
+def rounded(values, said):
+    return [f"{value:.1f}" for value in values] == said.split()
+
+
+def refined(render):
+    return [render.quality(TEACHER, frames, f"{REFINED} + {FREEZE}") for frames in LENGTHS]
+
+
 def best_recipe(render):
-    rows = [render.quality(TEACHER, frames, f"{REFINED} + {FREEZE}") for frames in LENGTHS]
     return all(
-        row.of_dense.frechet_all <= 1 and row.cost < 0.34 and row.of_dense.drift < 1.05 for row in rows
+        row.of_dense.frechet_all <= 1 and row.cost < 0.34 and row.of_dense.drift < 1.05
+        for row in refined(render)
     )
+
+
+def presets(render):
+    """Balanced and fast in one stage of 24 steps, short and long: how far they come, and what they cost at the template's size."""
+    rows = {(row["model"], row["frames"], row["row"]): row for row in render.content("quality")["rows"]}
+    names = [f"stride {stride}, motion + {FREEZE}" for stride in (2, 3)]
+    short, long = ([render.quality(TEACHER, frames, name).of_dense for name in names] for frames in LENGTHS)
+    return short, long, [rows[TEACHER, 25, name]["cost"]["97 f 896×512"] for name in names]
+
+
+def both_stages(render):
+    """(row, the same by fewer steps that cost more) of balanced and of fast in two stages."""
+    return [
+        [
+            render.two_stage(f"both stages at stride {stride}, blind", frames=frames),
+            render.two_stage(f"{steps} from σ 0.909375", frames=frames),
+        ]
+        for stride, frames, steps in ((2, 17, "4 + 2 steps"), (3, 16, "4 + 1 step"))
+    ]
 
 
 def a_window_drifts(render):
@@ -316,7 +354,43 @@ VERDICTS = {
     Said("schedule_spatial_freeze", "Take it with 12 steps or more"): lambda render: frozen_beats_fewer(
         render, [f"{steps} steps + {FREEZE}" for steps in (16, 12)]
     ),
-    Said("stride_refine_undistilled", "as near as all 24 steps at both lengths, for a third"): best_recipe,
+    Said(
+        "stride_refine_undistilled",
+        "as near to real ones as all 24 steps at both lengths, for a third of their work",
+    ): best_recipe,
+    Said(
+        "stride_refine_undistilled", "for the same work had 1.8 and 2.0 times the distance"
+    ): lambda render: rounded([row.fewer.of_dense.frechet_all for row in refined(render)], "1.8 2.0"),
+    Said("stride_refine_undistilled", "fast clips had 2.6 and 1.6 times the distance"): lambda render: (
+        rounded([row.of_dense.fast for row in refined(render)], "2.6 1.6")
+    ),
+    Said("preset", "balanced takes a third of the computing of 24 steps and fast a quarter"): lambda render: (
+        [round(12 * cost) for cost in presets(render)[2]] == [4, 3]
+        and all(row.frechet_all < 1.05 for row in presets(render)[1])
+    ),
+    Said("preset", "With a short one they came less near, 1.4 and 1.5 times the distance"): lambda render: (
+        rounded([row.frechet_all for row in presets(render)[0]], "1.4 1.5")
+    ),
+    Said("preset", "Fast clips lost"): lambda render: all(
+        row.fast > 1.4 for rows in presets(render)[:2] for row in rows
+    ),
+    Said(
+        "preset_two_stage",
+        "half of the computing at 2.5 times the distance to real clips, fast a third at 3.3 times",
+    ): lambda render: (
+        rounded([own.of_dense.frechet_all for own, _ in both_stages(render)], "2.5 3.3")
+        and [round(6 * own.cost["121 f"]) for own, _ in both_stages(render)] == [3, 2]
+    ),
+    Said("preset_two_stage", "nearly all of it at 1.05 times"): lambda render: (
+        f"{render.two_stage('±4, 1 sink').of_dense.frechet_all:.2f}" == "1.05"
+        and render.two_stage("±4, 1 sink").cost["121 f"] > 0.9
+    ),
+    Said(
+        "preset_two_stage", "Four and two steps instead, or four and one, cost more and came less near"
+    ): lambda render: all(
+        own.frechet_all < rival.frechet_all and own.cost["121 f"] < rival.cost["121 f"]
+        for own, rival in both_stages(render)
+    ),
     **{
         Said(name, "six and two steps instead of eight and three did about as well"): between_stages
         for name in TWO_STAGE
@@ -348,10 +422,34 @@ def test_nodes_and_templates_say_what_the_figures_say(pack, render, said):
     assert said.holds(render)
 
 
+def test_the_refining_template_is_what_was_measured(pack, render):
+    """Its nodes have the settings of the row that its note quotes, and the second sampler the steps from the row's sigma on."""
+    text = (pack.root / "workflows/stride_refine_undistilled.json").read_text(encoding="utf-8")
+    values = {node["type"]: node.get("widgets_values") for node in json.loads(text)["nodes"]}
+    name = f"{REFINED} + {FREEZE}"
+    row = next(
+        row for row in render.content("quality")["rows"] if (row["model"], row["row"]) == (TEACHER, name)
+    )
+    definition, striding = row["definition"], row["definition"]["striding"]
+    ((node, inputs),) = definition["nodes"]
+    assert values[node][: len(inputs)] == list(inputs.values())
+    assert values["KeyframeStride"][0] == striding["stride"]
+    assert values["LatentFlowInterpolate"][0] == striding["method"]
+    assert values["LTXVScheduler"][0] == definition["steps"]
+    width, height, length, _ = values["EmptyLTXVLatentVideo"]
+    latent_frames = (length - 1) // 8 + 1
+    assert (latent_frames - 1) % striding["stride"] == 0
+    tokens = latent_frames * (width // 32) * (height // 32)
+    sigmas = importlib.import_module("rows").scheduled_for(tokens, definition["steps"])
+    begins = values["SplitSigmas"][0]
+    assert min(sigmas, key=lambda sigma: abs(sigma - striding["again_from"])) == sigmas[begins]
+    assert definition["steps"] - begins == len(row["runs"][0]["second"]["executed"])
+
+
 def changed(found, by, within=False):
     """Figures and times as `by` makes them of a figure and of its row's place; prices stay."""
     if isinstance(found, dict):
-        inside = ("figures", "of_dense", "psnr")
+        inside = ("figures", "by_speed", "of_dense", "psnr")
         return {key: changed(value, by, within or key in inside) for key, value in found.items()}
     if isinstance(found, list):
         return [changed(value, partial(by, place=place)) for place, value in enumerate(found)]

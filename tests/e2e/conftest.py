@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +57,26 @@ def server(driver: ModuleType) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def frontend() -> ModuleType:
+    """comfy_frontend.py: what a browser does, and where it shows nodes."""
+    return _load(REPO / "comfy_frontend.py")
+
+
+@pytest.fixture(scope="session")
+def browser(frontend: ModuleType, server: Any) -> Iterator[Any]:
+    with frontend.chromium(server) as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A visitor of whom the frontend remembers nothing, so that it opens its default graph."""
+    page = browser.new_page(viewport={"width": 1800, "height": 1000})
+    yield page
+    page.context.close()
+
+
+@pytest.fixture(scope="session")
 def object_info(server: Any) -> dict[str, Any]:
     return server.object_info()
 
@@ -67,25 +86,3 @@ def new_log(server: Any) -> Callable[[], str]:
     """What the server has logged since the test began."""
     before = len(server.log_text())
     return lambda: server.log_text()[before:]
-
-
-@pytest.fixture(scope="module")
-def browser(server: Any) -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not here: `nox -s browser`")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--no-proxy-server"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser: Any, server: Any) -> Iterator[Any]:
-    """A visitor of whom the frontend remembers nothing, so that it opens its default graph and no panel."""
-    # Else a first visit opens the templates. The server remembers the panel.
-    server.request(
-        "POST", "/settings", {"Comfy.TutorialCompleted": True, "Comfy.RightSidePanel.IsOpen": False}
-    )
-    page = browser.new_page(viewport={"width": 1800, "height": 1000})
-    yield page
-    page.context.close()

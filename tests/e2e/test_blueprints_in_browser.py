@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from typing import Any
 
 import pytest
+
+pytest.importorskip("playwright.sync_api", reason="Playwright is not here: `nox -s browser`")
 
 SAMPLER = "LTX Efficient Sampler"
 TEXT, IMAGE = (f"LTX Efficient Two-Stage ({source})" for source in ("Text", "Image"))
@@ -38,14 +39,6 @@ OPEN = """
 () => {
   const box = app.graph.nodes.find((node) => node.isSubgraphNode());
   app.canvas.openSubgraph(box.subgraph, box);
-}
-"""
-# Places are known once a node was drawn.
-PLACES = """
-() => {
-  const {nodes, inputNode, outputNode} = app.canvas.graph;
-  const places = [...nodes, inputNode, outputNode].map((node) => [node.title, ...node.boundingRect]);
-  return places.every((place) => place[3] > 0) && places;
 }
 """
 
@@ -135,16 +128,10 @@ def test_blueprint_is_found_dropped_connected_and_run(page: Any, server: Any, na
     assert presets == (["quality"] if name == SAMPLER else ["fast", "fast"])
 
 
-def meet(one: list[Any], two: list[Any]) -> bool:
-    """Whether two places (title, x, y, width, height) overlap."""
-    (x, y, width, height), (u, v, other_width, other_height) = one[1:], two[1:]
-    return x < u + other_width and u < x + width and y < v + other_height and v < y + height
-
-
 @pytest.mark.parametrize("name", [SAMPLER, TEXT, IMAGE])
-def test_no_inner_nodes_overlap(page: Any, server: Any, name: str) -> None:
+def test_no_inner_nodes_overlap(page: Any, server: Any, frontend: Any, name: str) -> None:
     drop(page, server, name)
     page.evaluate(OPEN)
-    places = page.wait_for_function(PLACES).json_value()
+    places = frontend.places(page)
     assert len(places) > 20
-    assert [pair for pair in itertools.combinations(places, 2) if meet(*pair)] == []
+    assert frontend.overlapping(places) == []

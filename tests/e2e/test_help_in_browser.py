@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("playwright.sync_api", reason="Playwright is not here: `nox -s browser`")
+
 REPO = Path(__file__).resolve().parent.parent.parent
 ADD = """
 (kind) => {

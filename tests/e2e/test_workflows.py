@@ -45,6 +45,12 @@ NEW = {
 }
 # What the length of a two-stage template is, and what it is here.
 LENGTH, SHORT = 129, 33
+# Of a template with Thrift Preset, which leaves shorter clips their frames.
+PRESET_LENGTH = 97
+PRESETS = {"quality": 1, "balanced": 2, "fast": 3, "cool laptop": 3}
+PRESET_TEMPLATES = [name for name in TEMPLATES if name.startswith("preset")]
+# Enough for Thrift Preset to freeze some.
+STEPS = {"ScheduleSpatialFreeze": 8, "ThriftPreset": 12}
 LEFT_OUT = ("CLIPLoader", "CLIPTextEncode", "LTXAVTextEncoderLoader", "LTXVAudioVAELoader")
 
 
@@ -65,6 +71,19 @@ def is_two_stage(prompt: dict[str, Any]) -> bool:
     """Whether it is one of the graphs with an upscale in space, whose length is wired."""
     kinds = {node["class_type"] for node in prompt.values()}
     return {"LTXVLatentUpsampler", "PrimitiveInt"} <= kinds
+
+
+def length_of(prompt: dict[str, Any]) -> int:
+    """Of a graph with one length for picture and sound."""
+    return next(node["inputs"]["value"] for node in prompt.values() if node["class_type"] == "PrimitiveInt")
+
+
+def asks_for_a_low_rate(prompt: dict[str, Any]) -> bool:
+    """Whether Keyframe Stride is told of a frame rate, and makes less than 24 of it."""
+    given = [node["inputs"] for node in prompt.values() if node["class_type"] == "KeyframeStride"]
+    stride_of = {key: node["inputs"].get("value") for key, node in prompt.items()}
+    strides = [stride_of.get(entry["stride"][0]) if isinstance(entry["stride"], list) else entry["stride"] for entry in given]  # fmt: skip
+    return any(entry["frame_rate"] / stride < 24 for entry, stride in zip(given, strides, strict=True))
 
 
 def last_separated(prompt: dict[str, Any]) -> str:
@@ -104,7 +123,9 @@ def dry(prompt: dict[str, Any]) -> dict[str, Any]:
             node["inputs"]["value"] = SHORT
         if kinds[key] == "LTXVScheduler":
             # The freeze needs steps between full ones.
-            node["inputs"]["steps"] = 8 if "ScheduleSpatialFreeze" in kinds.values() else 2
+            node["inputs"]["steps"] = max(
+                [2, *(steps for kind, steps in STEPS.items() if kind in kinds.values())]
+            )
         if kinds[key] == "SplitSigmas":
             node["inputs"]["step"] = 1
         small[key] = node
@@ -119,13 +140,17 @@ def dry(prompt: dict[str, Any]) -> dict[str, Any]:
     return {**small, LATENT_FILE: {"class_type": "SaveLatent", "inputs": inputs}}
 
 
+def frames_in(path: Path) -> int:
+    with av.open(str(path)) as video:
+        return sum(1 for _ in video.decode(video=0))
+
+
 def run(server: Any, prompt: dict[str, Any]) -> torch.Tensor:
     result = server.queue(dry(prompt))
     videos = [key for key, node in prompt.items() if node["class_type"] == "SaveVideo"]
     assert all(server.output_path(result, key).stat().st_size > 0 for key in videos)
     if is_two_stage(prompt):
-        with av.open(str(server.output_path(result, videos[0]))) as video:
-            assert sum(1 for _ in video.decode(video=0)) == SHORT
+        assert frames_in(server.output_path(result, videos[0])) == length_of(dry(prompt))
     return load_file(server.output_path(result, LATENT_FILE, "latents"))["latent_tensor"]
 
 
@@ -154,20 +179,83 @@ def test_template_runs_dry(
             node["inputs"]["noise_seed"] += 100 * TEMPLATES.index(name)
     latent = run(server, prompt)
     assert torch.isfinite(latent).all()
-    if is_two_stage(prompt):
+    told = lines_of_ours(new_log())
+    # The note asks for the comparison that this line asks for.
+    low = [line for line in told if "compare one clip of the same seed" in line]
+    assert len(low) == asks_for_a_low_rate(prompt)
+    followed = [line for line in told if "Latent Flow Interpolate: at " in line]
+    lines = [line for line in told if line not in low + followed]
+    if name.startswith("two_stage"):
         assert latent.shape[2:] == (3, 4, 4), "every second of five latent frames, at twice the size"
-    lines = [line for line in new_log().splitlines() if "FrameThrift:" in line]
-    # The server runs on a CPU.
-    lines = [line for line in lines if "finds no temperature sensor for cpu" not in line]
-    if is_two_stage(prompt):
-        # Half of 24 or 25: the note asks for the comparison that this line asks for.
-        assert sum("compare one clip of the same seed" in line for line in lines) == 1
         # That it followed the reference; how far the random second stage is from the first is no matter.
-        assert sum("keyframes the reference is shifted by" in line for line in lines) == 1
-        told = ("compare one clip of the same seed", "Latent Flow Interpolate: at ")
-        lines = [line for line in lines if not any(words in line for words in told)]
+        assert sum("keyframes the reference is shifted by" in line for line in followed) == 1
         assert len(lines) == 1
+    if "ThriftPreset" in {node["class_type"] for node in prompt.values()}:
+        # What needs more steps than a distilled schedule has is set there, too.
+        lines = [line for line in lines if "declined: OUTSIDE_RANGE ×8;" not in line]
     assert "taken" in lines[0] and all("taken" in line or "not needed" in line for line in lines)
+
+
+def lines_of_ours(log: str) -> list[str]:
+    """But for what the pack has to say of a server on a CPU."""
+    lines = [line for line in log.splitlines() if "FrameThrift:" in line]
+    return [line for line in lines if "finds no temperature sensor for cpu" not in line]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", PRESET_TEMPLATES)
+def test_every_preset_runs_in_its_templates(
+    server: Any, object_info: dict[str, Any], ui_graph: Any, name: str, preset: str, new_log: Any
+) -> None:
+    prompt = dry(ui_graph.to_prompt(read(name), object_info))
+    for node in prompt.values():
+        if node["class_type"] == "ThriftPreset":
+            node["inputs"]["preset"] = preset
+        if node["class_type"] == "RandomNoise":
+            # Else the server may remember a stage of another test.
+            node["inputs"]["noise_seed"] += 1000 + list(PRESETS).index(preset)
+    result = server.queue(prompt)
+    latent = load_file(server.output_path(result, LATENT_FILE, "latents"))["latent_tensor"]
+    assert latent.shape[2] == (PRESET_LENGTH - 1) // 8 // PRESETS[preset] + 1
+    assert torch.isfinite(latent).all() and latent.std() > 0.01
+    videos = [key for key, node in prompt.items() if node["class_type"] == "SaveVideo"]
+    assert [frames_in(server.output_path(result, key)) for key in videos] == [PRESET_LENGTH]
+    lines = lines_of_ours(new_log())
+    strided = f"each {PRESETS[preset]} times as long"
+    stages = 2 if name.endswith("two_stage") else 1
+    assert sum(strided in line and " taken" in line for line in lines) == (
+        stages if PRESETS[preset] > 1 else 0
+    )
+    assert sum("temporal window" in line and " taken" in line for line in lines) == (stages if preset == "quality" else 0)  # fmt: skip
+    assert not any("does not divide" in line for line in lines)
+
+
+def test_a_preset_after_a_full_first_stage_follows_that_one(
+    server: Any, object_info: dict[str, Any], ui_graph: Any, new_log: Any
+) -> None:
+    """As the note says: quality first, then fast, whose frames in between have a reference."""
+    prompt = dry(ui_graph.to_prompt(read("preset_two_stage"), object_info))
+    for node in prompt.values():
+        if node["class_type"] == "ThriftPreset":
+            node["inputs"]["preset"] = "quality" if node["inputs"]["stage"] == "first" else "fast"
+        if node["class_type"] == "RandomNoise":
+            node["inputs"]["noise_seed"] += 2000
+    result = server.queue(prompt)
+    latent = load_file(server.output_path(result, LATENT_FILE, "latents"))["latent_tensor"]
+    assert latent.shape[2] == 5
+    assert sum("keyframes the reference is shifted by" in line for line in lines_of_ours(new_log())) == 1
+
+
+@pytest.mark.parametrize("name", ["keyframe_stride", "stride_refine_undistilled"])
+def test_stride_1_makes_the_full_clip(
+    server: Any, object_info: dict[str, Any], ui_graph: Any, name: str
+) -> None:
+    """As the notes say: set in both nodes."""
+    prompt = ui_graph.to_prompt(read(name), object_info)
+    for node in prompt.values():
+        if node["class_type"] in ("KeyframeStride", "LatentFlowInterpolate"):
+            node["inputs"]["stride"] = 1
+    assert run(server, prompt).shape[2] == 13
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name.startswith("two_stage")])
@@ -246,8 +334,7 @@ def test_a_length_that_the_stride_does_not_divide_still_comes_back(
             node["inputs"]["value"] = SHORT + 8
     result = server.queue(prompt)
     saved = next(key for key, node in prompt.items() if node["class_type"] == "SaveVideo")
-    with av.open(str(server.output_path(result, saved))) as video:
-        assert sum(1 for _ in video.decode(video=0)) == SHORT + 8
+    assert frames_in(server.output_path(result, saved)) == SHORT + 8
     assert new_log().count("8 video frames past") == 1
 
 
