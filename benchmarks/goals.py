@@ -8,12 +8,13 @@ above 0. Time is that of recipes.json on eight multiprocessors; where a recipe w
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from results import read, table
 
 HERE = Path(__file__).resolve().parent
 GROUND = "8 multiprocessors"
@@ -87,14 +88,9 @@ CANDIDATES = (
 )
 
 
-def content(name: str) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
-    return read
-
-
 class Reports:
     def __init__(self) -> None:
-        self.known = {name: content(name) for name in (TWO, SINGLE, "recipes")}
+        self.known = {name: read(HERE / f"{name}.json") for name in (TWO, SINGLE, "recipes")}
 
     def row(self, report: str, model: str, frames: int, row: str) -> dict[str, Any]:
         whose = "base" if report == TWO else "model"
@@ -168,10 +164,6 @@ def easy_cache(reports: Reports) -> list[list[str]]:
                 [base, str(frames), f"{costs[0] / costs[1]:.2f}", f"{distances[1] / distances[0]:.2f}"]
             )
     return out
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def main() -> None:
