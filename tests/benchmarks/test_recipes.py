@@ -105,7 +105,7 @@ def test_single_stage_rows_and_steps_that_stand_for_all(run, recipes, monkeypatc
         return sampler(*given, **more)
 
     monkeypatch.setattr(recipes.comfy.sample, "sample_custom", counted)
-    frozen = recipes.IN_FULL[0]
+    frozen = next(name for name in recipes.IN_FULL if name in recipes.SINGLE_STAGE)
     written, _ = run("--parts", "single", "--first-steps", "2", "--only", "dense", "stride 4, motion", frozen)
     assert ran[2:] == [2, 2, 8], "after the warm-up"
     assert [row["steps_timed"] for row in written["rows"]] == [2, 2, None]
