@@ -70,8 +70,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     head += [f"±{window}, {sink} sink" for window, sink in WINDOWS]
     lines = []
     for row in rows:
-        frames, height, width = row["grid"]
-        cells = [row["clip"], f"{frames}×{height * width}", f"{row['dense_tflop']:.0f}"]
+        cells = [row["clip"], ltx2.size_of(row["grid"]), f"{row['dense_tflop']:.0f}"]
         cells.append(f"{row['attention_share']:.0%}")
         for window, sink in WINDOWS:
             share = row[f"window {window} sink {sink}"]

@@ -191,8 +191,8 @@ def main() -> None:
     begin = time.monotonic()
     model = ltx2.build_ltx2(options.device, blocks=options.blocks)
     journal_of = importlib.import_module(f"{PACK}.patches.mount").journal_of
-    ground = {**lab.machine(options.device)}
-    ground["bytes_a_second"] = bandwidth() if options.device == "cuda" else None
+    bytes_a_second = bandwidth() if options.device == "cuda" else None
+    ground = {**lab.machine(options.device), "bytes_a_second": bytes_a_second}
     report: dict[str, Any] = {"gib_around_an_interrupt": {}, "rows": []}
     report |= results.read(options.out, {})
     with torch.inference_mode():

@@ -33,8 +33,7 @@ def tables(report: dict[str, Any]) -> dict[str, str]:
         for clip in ltx2.CLIPS:
             dense, *others = (rows.get((GROUNDS[0].name, clip.name, name)) for name in ("dense", *names))
             if dense is not None:
-                frames, height, width = clip.grid
-                cells = [clip.name, f"{frames}×{height * width}", of_dense(dense)]
+                cells = [clip.name, ltx2.size_of(clip.grid), of_dense(dense)]
                 lines.append([*cells, *(cell(row) if row else "" for row in others)])
         return results.table(["clip", "T×tokens", head, *names], lines)
 

@@ -370,7 +370,7 @@ def time_it(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     kept, note, "motion", motion.estimate_motion, device, lambda *_: None, guide
                 )
 
-            with throttled(options.multiprocessors or None) if device.type == "cuda" else throttled(None):
+            with throttled(options.multiprocessors or None if device.type == "cuda" else None):
                 once()
                 if device.type == "cuda":
                     torch.cuda.synchronize()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,6 +27,11 @@ def machine(device: str | None = None) -> dict[str, str]:
     """The same, and what on; device: where that is not the GPU if there is one."""
     on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     return {"gpu": torch.cuda.get_device_name() if on_gpu else "none (CPU)", **versions()}
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Of all that makes a model."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def milliseconds(work: Callable[[], Any], device: str) -> float:

@@ -27,6 +27,7 @@ import ltx2
 import results
 import torch
 from comfy.patcher_extension import WrappersMP
+from rows import pooled_name
 from sampling import patch
 from throttle import throttled
 from torch.nn.attention import SDPBackend
@@ -49,10 +50,6 @@ ROUTED: dict[str, dict[str, Any]] = {
 }
 # What core's own node does to this model: the kernel on the tokens as they come, with its default settings.
 CORE = "core's node"
-
-
-def name_of(near: int, pool: int, spatial: int) -> str:
-    return f"pooled {pool}" + (f"×{spatial}²" if spatial > 1 else "") + f", ±{near}"
 
 
 def kernel(name: str) -> Any:
@@ -91,7 +88,7 @@ def calls(grid: tuple[int, int, int], device: str) -> dict[str, tuple[float, Cal
             out[f"±{window}, 1 sink"] = segments.pairs(rows) / whole, windowed(segments)
     for near, pool, spatial in POOLED:
         segments = coarse.coarsened(dense, tokens, near, 1, pool, spatial)
-        out[name_of(near, pool, spatial)] = segments.pairs(rows) / whole, pooled(segments)
+        out[pooled_name(near, pool, spatial)] = segments.pairs(rows) / whole, pooled(segments)
     return out
 
 
@@ -160,7 +157,7 @@ def nodes_of(near: int, pool: int, spatial: int) -> list[tuple[str, dict[str, An
 def step_settings() -> dict[str, list[tuple[str, dict[str, Any]]]]:
     window = {"window": 4, "sink_frames": 1, "start_percent": 0.0}
     out = {"dense": [], "±4, 1 sink": [("ApplyTemporalWindow", window)]}
-    out |= {name_of(*setting): nodes_of(*setting) for setting in POOLED[:4]}
+    out |= {pooled_name(*setting): nodes_of(*setting) for setting in POOLED[:4]}
     return out | {name: routed_nodes(settings) for name, settings in ROUTED.items()}
 
 
@@ -250,11 +247,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
                             continue
                         ms = milliseconds(work, device, options.repeats if sms else 3 * options.repeats)
                         dense = ms if setting == "dense" else dense
-                        row = {
-                            "multiprocessors": sms,
-                            "grid": f"{grid[0]}×{grid[1] * grid[2]}",
-                            "setting": setting,
-                        }
+                        row = {"multiprocessors": sms, "grid": ltx2.size_of(grid), "setting": setting}
                         row |= {"ms": ms, "of_dense": ms / dense, "key_share": share}
                         row |= {"over_key_share": ms / dense / share, "peak_gib": lab.peak_gib(work, device)}
                         save("attention", row)
@@ -279,8 +272,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
                     print(report["left_out"][-1], flush=True)
                     continue
                 dense = ms if setting == "dense" else dense
-                frames, height, width = clip.grid
-                row = {"multiprocessors": sms, "grid": f"{frames}×{height * width}", "setting": setting}
+                row = {"multiprocessors": sms, "grid": ltx2.size_of(clip.grid), "setting": setting}
                 save("steps", row | {"ms": ms, "of_dense": ms / dense, "peak_gib": peak})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,12 @@ CLIPS = (
     Clip(481, 1280, 704),
     Clip(121, 1920, 1088),
 )
+
+
+def size_of(grid: Sequence[int]) -> str:
+    """Latent frames and the tokens of each."""
+    frames, height, width = grid
+    return f"{frames}×{height * width}"
 
 
 def build_ltx2(device: str, dtype: torch.dtype = torch.bfloat16, blocks: int = BLOCKS) -> Any:

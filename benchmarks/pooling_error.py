@@ -23,7 +23,7 @@ import results
 import torch
 from comfy.ldm.lightricks.model import apply_rotary_emb
 from routing import CLIPS, STEPS, captured
-from rows import DENSE
+from rows import DENSE, pooled_name
 from sampling import GRID, sample_clips
 
 from tiny_ltx.clips import draw_ids
@@ -102,8 +102,8 @@ def measure(frames: int) -> list[dict[str, Any]]:
                     out = attend(q, k, v, call["heads"], seen_by)
                 errors += float((out - dense).square().sum())
                 sizes += float(dense.square().sum())
-            name = f"pooled {setting[1]}" + (f"×{setting[2]}²" if setting[2] > 1 else "") + f", ±{setting[0]}"
-            row = {"frames": frames, "setting": name, "variant": variant, "error": (errors / sizes) ** 0.5}
+            row = {"frames": frames, "setting": pooled_name(*setting), "variant": variant}
+            row["error"] = (errors / sizes) ** 0.5
             row["keys"] = seen_by.pairs(range(tokens.total)) / tokens.total**2
             rows.append(row)
             print(row, flush=True)

@@ -23,7 +23,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import runtime  # isort: split
@@ -151,7 +150,7 @@ class Gpu:
     def measure(self) -> dict[str, Any]:
         for multiprocessors in (LAPTOP, None):
             try:
-                with throttled(multiprocessors) if self.is_cuda else nullcontext():
+                with throttled(multiprocessors if self.is_cuda else None):
                     for clip in self.clips:
                         self.attention(clip, multiprocessors)
             except (ImportError, RuntimeError) as error:
@@ -160,7 +159,7 @@ class Gpu:
             model = ltx2.build_ltx2(self.device, DTYPES[own], self.blocks)
             for multiprocessors in (LAPTOP, None):
                 try:
-                    with throttled(multiprocessors) if self.is_cuda else nullcontext():
+                    with throttled(multiprocessors if self.is_cuda else None):
                         for clip in self.clips:
                             self.steps(model, own, clip, multiprocessors)
                 except (ImportError, RuntimeError) as error:
@@ -275,11 +274,10 @@ class Gpu:
         peak: float,
         **more: Any,
     ) -> None:
-        frames, rows, columns = clip.grid
         self.report[kind].append(
             {
                 "clip": clip.name,
-                "grid": f"{frames}×{rows * columns}",
+                "grid": ltx2.size_of(clip.grid),
                 "multiprocessors": multiprocessors,
                 "model": own,
                 **more,

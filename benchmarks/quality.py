@@ -11,7 +11,6 @@ already in the JSON are kept, as long as they were made by the same definition, 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import statistics
 import time
 from collections.abc import Hashable
@@ -182,12 +181,6 @@ def is_complete(entry: dict[str, Any]) -> bool:
     return "frechet_all" in entry["figures"] or not needs_all
 
 
-def digest(model: str) -> str:
-    """Of all files that make this model."""
-    files = [file_of(part) for part in (BASE, *PARTS[model])]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
 def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
     """Samples what is asked for and not there yet; saves after every row."""
     begin = time.monotonic()
@@ -198,7 +191,11 @@ def run_rows(options: argparse.Namespace, report: dict[str, Any]) -> None:
     judge = Judge(per_seed, device)
     real: dict[int, dict[str, Any]] = {}
     for name in options.models:
-        recipe, model, weights_digest = MODELS[name], load_model(name), digest(name)
+        recipe, model, weights_digest = (
+            MODELS[name],
+            load_model(name),
+            lab.digest(map(file_of, (BASE, *PARTS[name]))),
+        )
         dense: dict[int, list[torch.Tensor]] = {}
         stages: dict[Hashable, Stage] = {}
         for row in ROWS:

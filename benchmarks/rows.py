@@ -196,6 +196,10 @@ def frozen(
     return Row(name, kind, nodes, models=models)
 
 
+def pooled_name(near: int, pool: int, spatial: int) -> str:
+    return f"pooled {pool}" + (f"×{spatial}²" if spatial > 1 else "") + f", ±{near}"
+
+
 def pooled(
     near: int,
     pool: int,
@@ -215,7 +219,7 @@ def pooled(
         "start_percent": start,
         "end_percent": 1.0,
     }
-    name = f"pooled {pool}" + (f"×{spatial}²" if spatial > 1 else "") + f", ±{near}"
+    name = pooled_name(near, pool, spatial)
     name += (", dense edge" + (f" of {edge}" if edge > 1 else "")) if edge else ""
     name += f", from {start:g}" if start else ""
     if beyond is not None:

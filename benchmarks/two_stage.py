@@ -14,7 +14,6 @@ were made by the same definition, weights and number of clips. Several processes
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 import time
 from pathlib import Path
@@ -46,10 +45,7 @@ PLACE = ("base", "row", "frames")
 def weights_of(base: str) -> str:
     """One digest of both stages' weights and the probe's."""
     parts = dict.fromkeys((BASE, *MODELS["student"], *MODELS[base]))
-    digest = hashlib.sha256()
-    for path in (*map(file_of, parts), FULL_PROBE):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return lab.digest((*map(file_of, parts), FULL_PROBE))
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:

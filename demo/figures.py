@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from graph import FIRST_SIGMAS, PARTS, Setting
+from tabulate import tabulate
 
 # Of the lab's rows: the distilled refiner, 17 latent frames.
 MODEL, LATENT_FRAMES = "refiner", 17
@@ -104,14 +105,6 @@ def table(
         "another seed of the second stage has "
         f"{other['figures']['psnr']:.1f} dB and a distance of {other['figures']['frechet_all']:.1f} in the lab.",
     ]
-    return "\n".join([*aligned(rows), "", *notes]) + "\n"
-
-
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table whose columns stand below each other; the first row is its head."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    # Its columns stand below each other in the terminal, too.
+    aligned = tabulate(rows[1:], rows[0], "github", disable_numparse=True)
+    return "\n".join([aligned, "", *notes]) + "\n"

@@ -95,7 +95,7 @@ NEAR_FULL = Recipe(
 
 TABLE: dict[tuple[str, str], Recipe] = {
     (QUALITY, SINGLE): NEAR_FULL,
-    (QUALITY, FIRST): NEAR_FULL,
+    (QUALITY, FIRST): Recipe(1, (LATE_WINDOW,), NEAR_FULL.evidence[:1]),
     (QUALITY, SECOND): Recipe(1, (WINDOW,), (of_two("±4, 1 sink", 0.93, {17: 1.05}),)),
     (BALANCED, SINGLE): Recipe(
         2,

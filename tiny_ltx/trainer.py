@@ -65,7 +65,10 @@ def build_model(device: torch.device, seed: int) -> Any:
 
 
 class Muon:
-    """Momentum with orthogonalised updates for weight matrices, one batched iteration per matrix shape."""
+    """Momentum with orthogonalised updates for weight matrices, one batched iteration per matrix shape.
+
+    torch.optim.Muon takes its rate as a number, which a CUDA graph cannot follow, and every matrix by itself.
+    """
 
     def __init__(
         self, matrices: list[torch.nn.Parameter], rate: torch.Tensor, momentum: float = 0.95

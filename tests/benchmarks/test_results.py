@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +43,19 @@ def test_a_table_has_its_cells_as_they_are(results):
     assert results.table(["setting", "PSNR"], rows) == (
         "| setting | PSNR |\n|---|---|\n| ±4, 1 sink | 1.50 |\n|  | 1e5 |"
     )
+
+
+def test_a_sheet_shows_every_picture_in_its_place(bench):
+    pictures = torch.linspace(0, 1, 12)[:, None, None].expand(-1, 4, 4)
+    blocks = {
+        "one": {"a": pictures[:3], "b\nc": pictures[3:6]},
+        "two": {"a": pictures[6:9], "d": pictures[9:]},
+    }
+    sheet = np.asarray(bench("sheet").contact_sheet(blocks, cell=8, label=40))
+    assert sheet.shape == (2 * (16 + 2 * 10), 40 + 3 * 10)
+    tops = [16, 26, 16 + 36, 26 + 36]
+    shown = [sheet[top : top + 8, left : left + 8] for top in tops for left in (40, 50, 60)]
+    for cell, picture in zip(shown, pictures, strict=True):
+        assert (cell == round(255 * float(picture[0, 0]))).all()
+    assert (sheet[:, 38:40] == 255).all() and (sheet[:, 48:50] == 255).all()
+    assert (sheet[16:36, :30] < 128).any(), "the words beside a line"
