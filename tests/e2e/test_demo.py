@@ -85,7 +85,7 @@ def test_node_seconds_are_of_the_node_that_ran(server: Any, demo: ModuleType) ->
 
 def test_every_setting_has_its_row_in_the_lab(demo: ModuleType, report: dict[str, Any]) -> None:
     kinds = [demo.lab_row(report, setting)["definition"]["kind"] for setting in demo.SETTINGS]
-    assert kinds == ["dense", "ours", "fewer steps"]
+    assert kinds == ["dense", "blind", "fewer steps"]
     blind = demo.lab_row(report, demo.Setting("any", 2, 2))
     assert blind["row"] == "both stages at stride 2, blind"
     guided = demo.lab_row(report, demo.Setting("any", 1, 4))
