@@ -12,14 +12,10 @@ from .settings import Number, check, setting
 
 @dataclass(frozen=True)
 class Schedule:
-    """A part of the schedule in ComfyUI's percent. Raises ValueError, naming the setting, for values outside 0 to 1.
-
-    least_steps: a schedule of fewer has no such part.
-    """
+    """A part of the schedule in ComfyUI's percent. Raises ValueError, naming the setting, for values outside 0 to 1."""
 
     start_percent: float = setting(Number(0.0, 0.0, 1.0, 0.01))
     end_percent: float = setting(Number(1.0, 0.0, 1.0, 0.01))
-    least_steps: int = 0
 
     def __post_init__(self) -> None:
         check(self)
@@ -27,6 +23,20 @@ class Schedule:
     @property
     def is_empty(self) -> bool:
         return self.start_percent >= self.end_percent
+
+    def is_part_of(self, steps: int) -> bool:
+        """Whether a schedule of so many steps has such a part."""
+        return True
+
+
+@dataclass(frozen=True)
+class LongSchedule(Schedule):
+    """A part that schedules of fewer than `least_steps` do not have."""
+
+    least_steps: int = 0
+
+    def is_part_of(self, steps: int) -> bool:
+        return steps >= self.least_steps
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class SigmaClock:
         return max(reached, default=0)
 
     def is_within(self, sigma: float, part: Schedule) -> bool:
-        if self.steps < part.least_steps:
+        if not part.is_part_of(self.steps):
             return False
         high = math.inf if part.start_percent <= 0 else self.percent_to_sigma(part.start_percent)
         low = -math.inf if part.end_percent >= 1 else self.percent_to_sigma(part.end_percent)

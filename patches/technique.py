@@ -98,7 +98,7 @@ class Technique:
     def warn_about(self, clock: SigmaClock) -> str | None:
         """What is wrong with these settings for a schedule, before any step of it is computed."""
         part = self.schedule
-        if part is None or clock.steps < part.least_steps or self.acting_steps(clock):
+        if part is None or not part.is_part_of(clock.steps) or self.acting_steps(clock):
             return None
         nearest = next(
             (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..latents.stride import StrideNote, video_frames
+from ..patches.clock import LongSchedule
 from ..patches.technique import Technique
 from .table import FIRST, SECOND, SINGLE, Recipe
 
@@ -74,7 +75,7 @@ def _lines(
     for technique in mounted:
         part = technique.schedule
         start = f", from {part.start_percent:g} of the schedule on" if part and part.start_percent else ""
-        least = f", where it has {part.least_steps} steps or more" if part and part.least_steps else ""
+        least = f", where it has {part.least_steps} steps or more" if isinstance(part, LongSchedule) else ""
         yield f"{technique.name}: {technique.describe()}{start}{least}"
     evidence = list(recipe.evidence_for(steps, first)) if is_as_measured else []
     for each in evidence:

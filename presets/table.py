@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ..patches.clock import Schedule
+from ..patches.clock import LongSchedule, Schedule
 from ..patches.technique import Technique
 from ..patches.techniques.keyframe_stride import StretchedTimes
 from ..patches.techniques.pacing import GpuPacing
@@ -64,7 +64,7 @@ class Recipe:
 
 
 def freezing(start: float) -> SpatialFreeze:
-    return SpatialFreeze(refresh_every=2, schedule=Schedule(start, 1.0, least_steps=MANY_STEPS))
+    return SpatialFreeze(refresh_every=2, schedule=LongSchedule(start, 1.0, MANY_STEPS))
 
 
 def of_eight(row: str, cost: float, distances: Mapping[int, float]) -> Evidence:
