@@ -93,11 +93,11 @@ def detail_of(bench, pixels):
 
 
 def captions_read(bench, maker, pixels):
-    """Share of clips whose shape, place and direction the probe reads as asked for."""
+    """Share of clips whose shapes, direction and speed the probe reads as asked for."""
     probe = bench("tiny_ltx.probe")
     path = {} if pixels.shape[-1] == 32 else {"path": probe.FULL_PROBE}
     words, _ = probe.read_clips(probe.load_probe(*path.values()), pixels, torch.full((CLIPS,), 24.0))
-    return (words[:, :3] == maker.ids[:, :3]).all(dim=1).float().mean()
+    return (words[:, :4] == maker.ids[:, :4]).all(dim=1).float().mean()
 
 
 def check(bench, maker, pixels, full):
