@@ -85,6 +85,7 @@ def test_the_upscaling_node_makes_larger_and_keeps_the_note(tiny):
 
 
 def test_the_loader_shows_pictures_as_large_as_it_is_asked_to(tiny):
+    pytest.importorskip("comfy.sd", reason="this ComfyUI tree has no VAE", exc_type=ImportError)
     words = {"shape": "ring", "direction": "horizontal", "speed": "medium", "second_shape": "none"}
     for zoom, side in (({"zoom": 1}, 32), ({}, 256)):
         vae = tiny("nodes").ThriftTinyLTX.execute(**words, **zoom).args[3]
