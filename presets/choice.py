@@ -33,7 +33,7 @@ def stride_for(recipe: Recipe, note: StrideNote | None, frames: int, is_fixed: b
     """(stride, why it is another one than the recipe's). is_fixed: a clip of so many latent frames that cannot be thinned."""
     if note is not None:
         return note.stride, "" if note.stride == recipe.stride else ", as the latent is strided already"
-    # With fewer than three strided frames after the first the small model's clips drift.
+    # With fewer than three strided frames after the first clips of the small model drifted by half as much again.
     stride = min(recipe.stride, max(1, (frames - 1) // 3))
     if stride > 1 and is_fixed:
         return 1, ": the latent holds a clip, and without vae it cannot be strided. Connect vae to save more"
